@@ -1,0 +1,40 @@
+# The two commands: `make demo` and `make test`. Both make their own environment in .venv and need no model hub.
+# On Linux without CUDA, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu saves gigabytes of torch.
+
+PYTHON ?= python3
+BIN := .venv/bin
+MODEL := artifacts/all-minilm-l6-v2
+
+.PHONY: install demo test test-long lint fix wheel clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export,demo,bench,dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/python -m export --model all-minilm-l6-v2 --force
+	$(BIN)/python docs/demo.py $(MODEL)
+
+test: install
+	$(BIN)/python -m pytest -m 'not long'
+
+test-long: install
+	$(BIN)/python -m pytest -m long
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: install
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf .venv artifacts build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,105 @@
+"""The command line: parses and prints; ``export.pipeline.export_model`` does the work."""
+
+import argparse
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from export.card import usage
+from export.catalog import POOLINGS, load_catalog
+from runtime.errors import BgeOnnxError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 on an error, 2 on bad usage, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    logging.getLogger("runtime").setLevel(logging.ERROR)  # some verification texts are too long on purpose
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        _list() if options.list else _export(options)
+    except BgeOnnxError as error:
+        errors.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}")
+        return 1
+    except KeyboardInterrupt:
+        errors.print("[red]interrupted:[/red] nothing was written")
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m export", description="Export an embedder to a verified ONNX artifact.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="a short name (see --list), a local checkpoint folder, or a hub id")
+    what.add_argument("--list", action="store_true", help="print the models known by a short name")
+    parser.add_argument("--out", type=Path, help="folder to write (default: artifacts/<name>)")
+    parser.add_argument("--variants", default="fp32,int8", help="comma-separated: fp32, int8 (default: both)")
+    parser.add_argument("--revision", help="branch, tag or commit of the hub")
+    parser.add_argument("--pooling", choices=POOLINGS, help="for a checkpoint that doesn't say how it pools")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="texts for int8, one a line")
+    parser.add_argument("--allow-pickle", action="store_true", help="accept pytorch_model.bin (read with weights_only)")
+    parser.add_argument("--force", action="store_true", help="replace an existing artifact, atomically")
+    return parser
+
+
+def _list() -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "hub id", "kind", "architecture", "pooling", "dim", "max length", "query prompt"):
+        table.add_column(column, no_wrap=column != "query prompt")
+    for spec in load_catalog().values():
+        cells = (spec.name, spec.hub, spec.kind, spec.architecture, spec.pooling, spec.dim, spec.max_length)
+        table.add_row(*(str(cell or "") for cell in cells), escape(spec.prompts.get("query", "")))
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 200)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from export.pipeline import export_model  # slow to import, and --list has no need of it
+
+    console = Console(highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        artifact = export_model(
+            options.model,
+            options.out,
+            [name.strip() for name in options.variants.split(",") if name.strip()],
+            revision=options.revision,
+            pooling=options.pooling,
+            calibration=options.calibration,
+            allow_pickle=options.allow_pickle,
+            force=options.force,
+            progress=lambda step, share: bar.update(task, description=step, completed=share),
+        )
+    manifest = artifact.manifest
+    table = Table(box=None, pad_edge=False)
+    for column in ("variant", "size", "cosine mean", "min", "path"):
+        table.add_column(column, no_wrap=True)
+    path = _short(artifact.path)
+    for name, variant in manifest.variants.items():
+        assert variant.parity
+        size = f"{manifest.files[variant.file].size / 1e6:.1f} MB"
+        parity = variant.parity
+        table.add_row(name, size, f"{parity.cosine_mean:.6f}", f"{parity.cosine_min:.6f}", f"{path}/{variant.file}")
+    console.print(f"{manifest.name}: {manifest.dim} dimensions, {manifest.max_length} tokens, {manifest.pooling} pooling")
+    console.print(table, width=None if console.is_terminal else 200)
+    console.print(f"\n{usage(str(path))}", markup=False)
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

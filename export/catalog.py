@@ -1,0 +1,169 @@
+"""``models.yaml``: the models known by a short name, and what a checkpoint folder says about itself."""
+
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import yaml
+
+from export.errors import ExportError
+from runtime.manifest import Kind, Pooling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """What must be known of a model beside its weights; None where nothing says.
+
+    Attributes:
+        name: Short name, also the artifact folder's.
+        hub: Hugging Face hub id.
+        kind: ``embedder`` or ``reranker``.
+        architecture: transformers' ``model_type``.
+        pooling: Of an embedder.
+        normalize: Whether its vectors are L2-normalised.
+        dim: Length of a vector.
+        max_length: Tokens, special ones included.
+        prompts: Text before a ``query`` or a ``passage``.
+        package: An importable package that carries the weights.
+    """
+
+    name: str
+    hub: str | None = None
+    kind: Kind = "embedder"
+    architecture: str | None = None
+    pooling: Pooling | None = None
+    normalize: bool = True
+    dim: int | None = None
+    max_length: int | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    package: str | None = None
+
+
+def load_catalog() -> dict[str, ModelSpec]:
+    """All rows of ``models.yaml`` by short name; the file lies in the wheel's ``export/`` or at the repository's root."""
+    here = Path(__file__).parent
+    path = next(p for p in (here / "models.yaml", here.parent / "models.yaml") if p.exists())
+    rows = yaml.safe_load(path.read_text("utf-8"))
+    return {name: ModelSpec(name=name, **row) for name, row in rows.items() if not name.startswith(".")}
+
+
+def find_model(model: str) -> ModelSpec | None:
+    """The row with this short name, hub id, or last part of a hub id, upper and lower case alike."""
+    wanted = model.casefold()
+    for spec in load_catalog().values():
+        hub = (spec.hub or "").casefold()
+        if wanted in (spec.name, hub, hub.rpartition("/")[2]):
+            return spec
+    return None
+
+
+def suggest(model: str) -> str:
+    """The nearest short names, as the end of an error message."""
+    near = difflib.get_close_matches(model.casefold(), load_catalog(), n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(near)}? " if near else ""
+
+
+def describe_checkpoint(spec: ModelSpec, folder: Path, pooling: Pooling | None) -> ModelSpec:
+    """Complete a model's spec with what its checkpoint says; the checkpoint wins over ``models.yaml``.
+
+    Reads ``config.json`` and sentence-transformers' ``modules.json``, ``1_Pooling/config.json``,
+    ``sentence_bert_config.json`` and ``config_sentence_transformers.json``.
+
+    Args:
+        spec: The catalog's row, or a bare name.
+        folder: The checkpoint.
+        pooling: The user's word, which wins over both.
+
+    Raises:
+        ExportError: A file isn't valid JSON, a module can't be expressed, or nothing names an embedder's pooling.
+    """
+    config = read_json(folder / "config.json")
+    modules = _modules(folder)
+    is_reranker = not modules and any(
+        name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()
+    )
+    kind: Kind = "reranker" if is_reranker or spec.kind == "reranker" else "embedder"
+    declared = _declared_pooling(folder, modules) if kind == "embedder" else None
+    chosen = pooling or declared or spec.pooling
+    if kind == "embedder" and chosen is None:
+        raise ExportError(
+            f"{folder}: nothing says how this embedder pools (no 1_Pooling/config.json, no row in models.yaml), and a "
+            "guess would be silently wrong; pass --pooling cls, mean, last_token or max, as its model card says"
+        )
+    prompts = {
+        {"document": "passage"}.get(key, key): text
+        for key, text in (read_json(folder / "config_sentence_transformers.json", {}).get("prompts") or {}).items()
+        if text
+    }
+    return dataclasses.replace(
+        spec,
+        kind=kind,
+        architecture=config.get("model_type"),
+        pooling=chosen if kind == "embedder" else None,
+        normalize="Normalize" in modules if modules else spec.normalize,
+        dim=config.get("hidden_size") or config.get("dim"),
+        max_length=_max_length(spec, folder, config),
+        prompts=prompts or spec.prompts,
+    )
+
+
+def _modules(folder: Path) -> dict[str, str]:
+    """Class name → folder of sentence-transformers' modules, refusing those that would change the vectors."""
+    listed = read_json(folder / "modules.json", [])
+    modules = {entry["type"].rpartition(".")[2]: entry["path"] for entry in listed}
+    if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
+        raise ExportError(
+            f"{folder / 'modules.json'}: the module {min(unknown)} can't be exported yet, only Transformer, Pooling and "
+            "Normalize; without it the vectors would be wrong"
+        )
+    return modules
+
+
+def _declared_pooling(folder: Path, modules: dict[str, str]) -> Pooling | None:
+    path = folder / modules.get("Pooling", "1_Pooling") / "config.json"
+    settings = read_json(path, {})
+    names = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last_token"}
+    names |= {"cls": "cls", "mean": "mean", "max": "max"}  # as sentence-transformers writes them since 5.2
+    flags = [key.removeprefix("pooling_mode_") for key, on in settings.items() if key.startswith("pooling_mode_") and on]
+    modes = settings.get("pooling_mode", flags)
+    modes = [modes] if isinstance(modes, str) else modes
+    if not modes:
+        return None
+    if len(modes) > 1 or modes[0] not in names:
+        raise ExportError(f"{path}: pooling by {' + '.join(modes)} is not supported, only by {', '.join(names)}")
+    return cast(Pooling, names[modes[0]])
+
+
+def _max_length(spec: ModelSpec, folder: Path, config: dict[str, Any]) -> int:
+    """The checkpoint's own limit, else the catalog's, never more than it has positions."""
+    positions = config.get("max_position_embeddings") or 512
+    if config.get("model_type") in ("roberta", "xlm-roberta", "mpnet", "camembert"):
+        positions -= config.get("pad_token_id", 1) + 1  # their positions start behind the padding id
+    limits = (
+        read_json(folder / "sentence_bert_config.json", {}).get("max_seq_length"),
+        spec.max_length,
+        read_json(folder / "tokenizer_config.json", {}).get("model_max_length"),
+    )
+    return int(min(next((limit for limit in limits if limit), positions), positions))
+
+
+def read_json(path: Path, default: Any = None) -> Any:  # noqa: ANN401
+    """The content of a JSON file, or ``default`` where there is none.
+
+    Raises:
+        ExportError: It isn't JSON, or is missing without a default.
+    """
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        if default is not None:
+            return default
+        raise ExportError(f"{path}: no such file; is this a transformers checkpoint?") from None
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: can't be read ({error}); download the checkpoint again") from None
+
+
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)

@@ -1,0 +1,96 @@
+"""An ONNX graph under construction: nodes as protobufs, weights as loaders that are read one at a time."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+MICROSOFT = "com.microsoft"
+OPSETS = {"": 17, MICROSOFT: 1}
+"""Opset 17 is the first with LayerNormalization; nothing newer is needed, so older ONNX Runtimes load the graph too."""
+
+Loader = Callable[[], np.ndarray]
+
+
+@dataclass
+class Graph:
+    """Nodes in topological order, and the weights they name.
+
+    Attributes:
+        inputs: Input values.
+        outputs: Output values.
+        nodes: Operators, each after those it reads from.
+        weights: Initializers by name; calling one reads it, so that a model need never be whole in memory.
+        opsets: Version of each operator domain.
+    """
+
+    inputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    weights: dict[str, Loader] = field(default_factory=dict)
+    opsets: dict[str, int] = field(default_factory=lambda: dict(OPSETS))
+
+    def add(self, op: str, *inputs: str, name: str = "", domain: str = "", **attributes: Any) -> str:  # noqa: ANN401
+        """Append an operator with one output, and return that output's name."""
+        output = name or f"{op.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, list(inputs), [output], output, domain=domain, **attributes))
+        return output
+
+    def weight(self, name: str, value: np.ndarray | Loader) -> str:
+        """Add an initializer, and return its name."""
+        self.weights[name] = value if callable(value) else lambda: value
+        return name
+
+    def save(self, path: Path) -> None:
+        """Write the graph, holding one weight at a time.
+
+        A protobuf message may be written in pieces that a reader merges (protobuf encoding, "Last One Wins"), so the
+        weights are appended as models that hold nothing but one initializer.
+        """
+        graph = helper.make_graph(self.nodes, "encoder", self.inputs, self.outputs)
+        opsets = [helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=9, producer_name="bge-onnx")
+        with path.open("wb") as stream:
+            stream.write(model.SerializeToString())
+            for name, load in self.weights.items():
+                tensor = numpy_helper.from_array(np.ascontiguousarray(load()), name)
+                stream.write(onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor])).SerializeToString())
+
+    def consumers(self) -> dict[str, list[onnx.NodeProto]]:
+        """The nodes that read each value."""
+        readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.nodes:
+            for value in node.input:
+                readers.setdefault(value, []).append(node)
+        return readers
+
+
+def load_graph(path: Path) -> Graph:
+    """Read an ONNX file whole."""
+    model = onnx.load(path)
+    return Graph(
+        inputs=list(model.graph.input),
+        outputs=list(model.graph.output),
+        nodes=list(model.graph.node),
+        weights=dict(_loaders(model.graph.initializer)),
+        opsets={entry.domain: entry.version for entry in model.opset_import},
+    )
+
+
+def _loaders(tensors: list[onnx.TensorProto]) -> Iterator[tuple[str, Loader]]:
+    for tensor in tensors:
+        yield tensor.name, lambda tensor=tensor: numpy_helper.to_array(tensor)
+
+
+def float_value(name: str, *shape: int | str) -> onnx.ValueInfoProto:
+    """A float32 input or output."""
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def int_value(name: str, *shape: int | str) -> onnx.ValueInfoProto:
+    """An int64 input or output."""
+    return helper.make_tensor_value_info(name, TensorProto.INT64, shape)

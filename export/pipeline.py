@@ -1,0 +1,247 @@
+"""The export, readable on one screen: resolve → build or trace → quantize → verify → publish."""
+
+import contextlib
+import ctypes
+import dataclasses
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.calibrate import calibration_texts, collect
+from export.card import model_card
+from export.encoder import build_encoder
+from export.errors import ExportError
+from export.families import find_family, weight_finder
+from export.graph import Graph
+from export.quantize import find_linears, quantize_static
+from export.source import Checkpoint, resolve_source
+from export.trace import trace
+from export.verify import reference_vectors, verification_texts, verify_variant
+from runtime.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    TOKENIZER,
+    Manifest,
+    Pooling,
+    Variant,
+    describe_file,
+)
+from runtime.tokenizer import Tokenizer
+
+VARIANTS = ("fp32", "int8")
+TOOLS = ("bge-onnx", "torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers", "numpy")
+
+Progress = Callable[[str, float], None]
+"""Told what is being done, and the share of the whole export that is behind it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A published artifact."""
+
+    path: Path
+    manifest: Manifest
+
+
+def export_model(
+    model: str,
+    out: Path | None = None,
+    variants: Sequence[str] = VARIANTS,
+    *,
+    revision: str | None = None,
+    pooling: Pooling | None = None,
+    calibration: Path | None = None,
+    allow_pickle: bool = False,
+    force: bool = False,
+    progress: Progress = lambda step, share: None,
+) -> Artifact:
+    """Export a model to an artifact folder, verified against the original before it appears.
+
+    Args:
+        model: A short name of ``models.yaml``, a local checkpoint folder, or a hub id.
+        out: The folder to make; ``artifacts/<name>`` by default.
+        variants: Any of ``fp32``, ``int8``.
+        revision: A branch, tag or commit of the hub.
+        pooling: How an embedder pools, where its checkpoint doesn't say or is wrong.
+        calibration: A file with one text a line, for int8; the project's own set by default.
+        allow_pickle: Accept a checkpoint that has only ``pytorch_model.bin``.
+        force: Replace an existing folder, atomically.
+        progress: Called as the work goes on.
+
+    Raises:
+        ExportError: The model, its weights or the output folder won't do; nothing is left behind.
+        ParityError: A variant isn't close enough to the original; nothing is left behind.
+    """
+    if unknown := set(variants) - set(VARIANTS):
+        raise ExportError(f"variant {min(unknown)!r} is unknown; it is any of {', '.join(VARIANTS)}")
+    progress("finding the checkpoint", 0.0)
+    checkpoint = resolve_source(model, revision=revision, pooling=pooling, allow_pickle=allow_pickle)
+    if checkpoint.spec.kind != "embedder":
+        raise ExportError(f"{checkpoint.id}: a {checkpoint.spec.kind}; only embedders can be exported yet")
+    out = (out or Path("artifacts") / checkpoint.spec.name).absolute()
+    texts = calibration_texts(calibration) if "int8" in variants else []
+    with staging_folder(out, force) as stage:
+        progress("reading the tokenizer", 0.02)
+        write_tokenizer(checkpoint, stage / TOKENIZER)
+        progress("building the graph", 0.06)
+        graph = build_graph(checkpoint)
+        described = {}
+        for variant in variants:
+            variant_graph = graph
+            if variant == "int8":
+                progress("calibrating int8", 0.15)
+                rounding = lambda share: progress("rounding int8", 0.3 + share * 0.3)  # noqa: E731
+                variant_graph = quantize(graph, checkpoint, stage, texts, rounding)
+            described[variant] = write_variant(variant, variant_graph, stage, len(texts))
+        progress("asking transformers", 0.6)
+        manifest = write_manifest(checkpoint, stage, described)
+        questions = verification_texts()
+        reference = reference_vectors(checkpoint, questions)
+        parities = {}
+        for i, variant in enumerate(variants):
+            progress(f"verifying {variant}", 0.85 + 0.1 * i / len(variants))
+            parities[variant] = verify_variant(stage, variant, reference, questions)
+        progress("writing the artifact", 0.97)
+        proven = {name: dataclasses.replace(v, parity=parities[name]) for name, v in manifest.variants.items()}
+        manifest = dataclasses.replace(manifest, variants=proven)
+        (stage / MANIFEST).write_text(manifest.to_json(), "utf-8")
+        (stage / "README.md").write_text(model_card(manifest), "utf-8")
+    return Artifact(out, manifest)
+
+
+def build_graph(checkpoint: Checkpoint) -> Graph:
+    """The fp32 graph, by the family's builder where there is one, else traced."""
+    config = checkpoint.config
+    architecture = config.get("model_type", "")
+    family = find_family(architecture)
+    encoder = family.config(config) if family else None
+    if family is None or encoder is None:
+        return trace(checkpoint.folder, architecture, "feature-extraction")
+    return build_encoder(encoder, weight_finder(family, checkpoint.weights()))
+
+
+def quantize(
+    graph: Graph, checkpoint: Checkpoint, stage: Path, texts: Sequence[str], progress: Callable[[float], None]
+) -> Graph:
+    """The int8 graph, calibrated on texts."""
+    max_length = checkpoint.spec.max_length or 512
+    token_ids = Tokenizer(stage / TOKENIZER, max_length).encode(texts)
+    inputs = dict.fromkeys(linear.input for linear in find_linears(graph))
+    return quantize_static(graph, collect(graph, list(inputs), token_ids), progress)
+
+
+def write_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
+    """Save the checkpoint's fast tokenizer, converted if it has only a vocabulary.
+
+    Raises:
+        ExportError: transformers can't make a fast tokenizer of it.
+    """
+    import transformers  # slow to import
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(checkpoint.folder), use_fast=True)
+        backend = tokenizer.backend_tokenizer
+    except Exception as error:  # transformers raises all sorts
+        raise ExportError(
+            f"{checkpoint.id}: no fast tokenizer can be made of its files ({str(error).splitlines()[0][:200]}); "
+            "add its tokenizer.json"
+        ) from None
+    backend.no_padding()
+    backend.no_truncation()
+    path.write_text(backend.to_str(), "utf-8")
+
+
+def write_variant(name: str, graph: Graph, stage: Path, calibration: int) -> Variant:
+    """Save a graph and describe it; its parity is still unknown."""
+    graph.save(stage / f"model.{name}.onnx")
+    int8 = name == "int8"
+    return Variant(
+        file=f"model.{name}.onnx",
+        opset=graph.opsets[""],
+        providers=("CPUExecutionProvider",) if int8 else ("CPUExecutionProvider", "CUDAExecutionProvider"),
+        cpu_safety="any: 7-bit weights can't saturate on x86 without VNNI" if int8 else "any",
+        quantization=f"static W8A8, smoothed, GPTQ, per channel, calibrated on {calibration} texts" if int8 else None,
+        parity=None,
+    )
+
+
+def write_manifest(checkpoint: Checkpoint, stage: Path, variants: dict[str, Variant]) -> Manifest:
+    """Describe what lies in the staging folder; the parity figures are still missing."""
+    spec = checkpoint.spec
+    assert spec.max_length
+    for licence in checkpoint.folder.glob("LICENSE*"):
+        shutil.copy(licence, stage / licence.name)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        name=spec.name,
+        kind=spec.kind,
+        architecture=spec.architecture or "",
+        source=checkpoint.provenance(),
+        dim=spec.dim or 0,
+        max_length=spec.max_length,
+        pooling=spec.pooling,
+        normalize=spec.normalize,
+        prompts=spec.prompts,
+        variants=variants,
+        files={path.name: describe_file(path) for path in sorted(stage.iterdir())},
+        tools=_tool_versions(),
+    )
+    (stage / MANIFEST).write_text(manifest.to_json(), "utf-8")
+    return manifest
+
+
+def _tool_versions() -> dict[str, str]:
+    versions = {}
+    for tool in TOOLS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[tool] = importlib.metadata.version(tool)
+    return versions
+
+
+@contextlib.contextmanager
+def staging_folder(out: Path, force: bool) -> Iterator[Path]:
+    """A temporary sibling of ``out`` that takes its name when the block ends well, and vanishes when it doesn't.
+
+    Raises:
+        ExportError: ``out`` exists and ``force`` is off, or the disk is full or can't be written.
+    """
+    if out.exists() and not force:
+        raise ExportError(f"{out}: exists already; pass --force to replace it, or --out for another folder")
+    if out.exists() and not (out.is_dir() and ((out / MANIFEST).exists() or not any(out.iterdir()))):
+        raise ExportError(f"{out}: not an artifact, so --force won't replace it; choose another --out")
+    stage = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        stage.chmod(0o755)
+        yield stage
+        if out.exists():
+            _exchange(stage, out)  # the old artifact is now in the staging folder, which goes
+        else:
+            stage.rename(out)
+    except OSError as error:
+        if error.errno is None:  # transformers raises bare OSErrors that have nothing to do with a disk
+            raise
+        raise ExportError(
+            f"{error.filename or out}: {(error.strerror or str(error)).lower()}; nothing was written, free some space "
+            "or choose another --out"
+        ) from error
+    finally:
+        if stage is not None:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> None:
+    """Swap two folders, in one step where the system can (Linux ``renameat2``), so that ``b`` is never absent."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    at_cwd, exchange = -100, 2
+    if hasattr(libc, "renameat2") and not libc.renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange):
+        return
+    aside = Path(f"{a}.old")
+    b.rename(aside)
+    a.rename(b)
+    aside.rename(a)

@@ -1,0 +1,253 @@
+"""Static int8 (W8A8) of any graph's linears and word embeddings.
+
+Activations take one fixed scale per linear, so that a text's vector never depends on its neighbours. Outlier channels are
+smoothed away (SmoothQuant, arXiv:2211.10438) with a strength chosen for each linear by measured error, and weights are
+rounded so that later channels make up for the error of earlier ones (GPTQ, arXiv:2210.17323). Weights use 7 of 8 bits,
+since u8×s8 products of 8 bits saturate on x86 CPUs without VNNI.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from export.calibrate import Sample
+from export.graph import MICROSOFT, Graph
+
+ALPHAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Smoothing strengths tried; 0 is none, and then no ``Mul`` is emitted."""
+CLIPS = (1.0, 0.85, 0.7, 0.55)
+"""Shares of the observed range tried as the activation's."""
+WEIGHT_LIMIT = 63
+"""7 bits: 2 · 255 · 63 still fits the int16 in which x86 without VNNI adds pairs of products."""
+DAMPING = 0.1
+"""GPTQ's share of the mean diagonal that is added to the Hessian."""
+MIN_ROWS = 1024
+"""A table with fewer rows (positions, token types) isn't worth quantising."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear with constant weights: a ``Gemm``, or a ``MatMul`` with or without an ``Add`` behind it."""
+
+    nodes: tuple[onnx.NodeProto, ...]
+    weight: str
+    transposed: bool
+    bias: str | None
+
+    @property
+    def input(self) -> str:
+        """The value it reads."""
+        return self.nodes[0].input[0]
+
+    @property
+    def output(self) -> str:
+        """The value it writes."""
+        return self.nodes[-1].output[0]
+
+    def matrix(self, graph: Graph) -> np.ndarray:
+        """Its weights, float32 ``(in, out)``."""
+        weight = graph.weights[self.weight]()
+        return weight.T if self.transposed else weight
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a linear's input is quantised."""
+
+    smooth: np.ndarray | None
+    """What each input channel is divided by, float32 ``(in,)``; None where smoothing doesn't help."""
+    scale: float
+    zero_point: int
+
+    def apply(self, x: np.ndarray) -> np.ndarray:
+        """What the quantised linear sees of ``(rows, in)``: smoothed, rounded, clipped, and scaled back."""
+        smoothed = x if self.smooth is None else x / self.smooth
+        levels = np.clip(np.rint(smoothed / self.scale) + self.zero_point, 0, 255)
+        return ((levels - self.zero_point) * self.scale).astype(np.float32)
+
+
+def find_linears(graph: Graph) -> list[Linear]:
+    """All linears whose weights are constant matrices."""
+    consumers = graph.consumers()
+    linears = []
+    for node in graph.nodes:
+        if node.op_type not in ("Gemm", "MatMul") or node.input[1] not in graph.weights:
+            continue
+        if graph.weights[node.input[1]]().ndim != 2:
+            continue
+        if node.op_type == "Gemm":
+            transposed = any(a.name == "transB" and a.i for a in node.attribute)
+            linears.append(Linear((node,), node.input[1], transposed, node.input[2] if len(node.input) > 2 else None))
+            continue
+        after = consumers.get(node.output[0], [])
+        bias = _bias(graph, after[0], node.output[0]) if len(after) == 1 else None
+        linears.append(Linear((node, after[0]) if bias else (node,), node.input[1], False, bias))
+    return linears
+
+
+def _bias(graph: Graph, node: onnx.NodeProto, value: str) -> str | None:
+    """The constant vector that an ``Add`` adds to ``value``, if that is what the node does."""
+    if node.op_type != "Add":
+        return None
+    other = node.input[1] if node.input[0] == value else node.input[0]
+    return other if other in graph.weights and graph.weights[other]().ndim == 1 else None
+
+
+def quantize_static(
+    graph: Graph, samples: Mapping[str, Sample], progress: Callable[[float], None] = lambda share: None
+) -> Graph:
+    """A graph of the same inputs and outputs with int8 linears and word embeddings.
+
+    Args:
+        graph: fp32.
+        samples: What ``collect`` kept of each linear's input.
+        progress: Told the share that is done.
+    """
+    linears = find_linears(graph)
+    groups = {value: [lin for lin in linears if lin.input == value] for value in samples}
+    result = Graph(graph.inputs, graph.outputs, [], dict(graph.weights), {**graph.opsets, MICROSOFT: 1})
+    replaced: dict[int, list[onnx.NodeProto]] = {}
+    for done, (value, group) in enumerate(groups.items()):
+        scheme = choose_scheme(samples[value], [linear.matrix(graph) for linear in group])
+        nodes, quantized = _input_nodes(result, value, scheme)
+        for linear in group:
+            nodes += _linear_nodes(result, graph, linear, scheme, samples[value], quantized)
+            replaced |= {id(node): [] for node in linear.nodes}
+            replaced[id(linear.nodes[-1])] = nodes
+            nodes = []
+        progress((done + 1) / len(groups))
+    for node in graph.nodes:
+        result.nodes += replaced.get(id(node), None) or ([] if id(node) in replaced else _embedding_nodes(result, node))
+    used = {value for node in result.nodes for value in node.input}
+    result.weights = {name: load for name, load in result.weights.items() if name in used}
+    return result
+
+
+def choose_scheme(sample: Sample, matrices: list[np.ndarray]) -> Scheme:
+    """The smoothing and range with the least error in the outputs of the linears that share an input.
+
+    Weights are rounded plainly to 8 bits meanwhile, which costs about what ``round_weights`` does to 7.
+    """
+    matrix = np.concatenate(matrices, axis=1)
+    rows = sample.rows
+    expected = rows @ matrix
+    best, least = None, np.inf
+    for alpha in ALPHAS:
+        smooth = _smoothing(sample.absmax, matrix, alpha)
+        divided = 1.0 if smooth is None else smooth
+        scaled = matrix if smooth is None else matrix * smooth[:, None]
+        weights = _round_plainly(scaled, 127)
+        low, high = min(0.0, float((rows / divided).min())), max(0.0, float((rows / divided).max()))
+        for clip in CLIPS:
+            scale = max((high - low) * clip / 255, 1e-12)
+            scheme = Scheme(smooth, scale, round(-low * clip / scale))
+            error = scheme.apply(rows) @ weights - expected
+            loss = float(np.square(error - error.mean(axis=0)).sum())
+            if loss < least:
+                best, least = scheme, loss
+    assert best is not None
+    return best
+
+
+def _smoothing(absmax: np.ndarray, matrix: np.ndarray, alpha: float) -> np.ndarray | None:
+    if not alpha:
+        return None
+    activation, weight = np.maximum(absmax, 1e-5), np.maximum(np.abs(matrix).max(axis=1), 1e-5)
+    smooth = activation**alpha / weight ** (1 - alpha)
+    return (smooth / np.exp(np.log(smooth).mean())).astype(np.float32)
+
+
+def _round_plainly(matrix: np.ndarray, limit: int) -> np.ndarray:
+    scale = np.maximum(np.abs(matrix).max(axis=0), 1e-12) / limit
+    return np.rint(matrix / scale) * scale
+
+
+def round_weights(matrix: np.ndarray, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Round weights to 7 bits per output channel, minimising the error on the inputs (GPTQ).
+
+    Args:
+        matrix: float32 ``(in, out)``.
+        inputs: A sample of what it is multiplied with, float32 ``(rows, in)``.
+
+    Returns:
+        int8 ``(in, out)`` and its scales, float32 ``(out,)``.
+    """
+    scale = (np.maximum(np.abs(matrix).max(axis=0), 1e-12) / WEIGHT_LIMIT).astype(np.float32)
+    hessian = inputs.T @ inputs
+    hessian[np.diag_indices_from(hessian)] += DAMPING * np.diagonal(hessian).mean() + 1e-12
+    order = np.argsort(-np.diagonal(hessian), kind="stable")
+    left = (matrix / scale)[order].astype(np.float32)
+    inverse = np.linalg.inv(hessian[np.ix_(order, order)].astype(np.float64))
+    factor = np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
+    rounded = np.empty_like(left)
+    for start in range(0, len(left), 128):
+        block = slice(start, start + 128)
+        errors = np.empty_like(left[block])
+        for i in range(start, min(start + 128, len(left))):
+            rounded[i] = np.clip(np.rint(left[i]), -WEIGHT_LIMIT, WEIGHT_LIMIT)
+            errors[i - start] = (left[i] - rounded[i]) / factor[i, i]
+            left[i + 1 : start + 128] -= np.outer(factor[i, i + 1 : start + 128], errors[i - start])
+        left[start + 128 :] -= factor[block, start + 128 :].T @ errors
+    levels = np.empty(matrix.shape, np.int8)
+    levels[order] = rounded
+    return levels, scale
+
+
+def _input_nodes(result: Graph, value: str, scheme: Scheme) -> tuple[list[onnx.NodeProto], str]:
+    """The nodes that smooth and quantise a value, and the name of what they give."""
+    nodes, source = [], value
+    if scheme.smooth is not None:
+        source = f"{value}.smooth"
+        factor = result.weight(f"{source}.factor", 1 / scheme.smooth)
+        nodes.append(helper.make_node("Mul", [value, factor], [source], source))
+    result.weight(f"{value}.scale", np.array(scheme.scale, np.float32))
+    result.weight(f"{value}.zero_point", np.array(scheme.zero_point, np.uint8))
+    inputs = [source, f"{value}.scale", f"{value}.zero_point"]
+    nodes.append(helper.make_node("QuantizeLinear", inputs, [f"{value}.int8"], f"{value}.int8"))
+    return nodes, f"{value}.int8"
+
+
+def _linear_nodes(
+    result: Graph, graph: Graph, linear: Linear, scheme: Scheme, sample: Sample, quantized: str
+) -> list[onnx.NodeProto]:
+    matrix = linear.matrix(graph)
+    smoothed = matrix if scheme.smooth is None else matrix * scheme.smooth[:, None]
+    seen = scheme.apply(sample.rows)
+    levels, scale = round_weights(smoothed, seen)
+    bias = graph.weights[linear.bias]() if linear.bias else np.zeros(len(scale), np.float32)
+    # What rounding shifts on average is known, so it is taken back in the bias.
+    bias = bias + (sample.rows @ matrix - seen @ (levels * scale)).mean(axis=0)
+    value, name = linear.input, linear.weight
+    inputs = [
+        quantized,
+        result.weight(f"{name}.int8", levels),
+        f"{value}.scale",
+        result.weight(f"{name}.scale", scale),
+        f"{value}.zero_point",
+        result.weight(f"{name}.zero_point", np.zeros(len(scale), np.int8)),
+        result.weight(f"{name}.bias", bias.astype(np.float32)),
+    ]
+    return [helper.make_node("MatMulIntegerToFloat", inputs, [linear.output], linear.output, domain=MICROSOFT)]
+
+
+def _embedding_nodes(result: Graph, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """A lookup in a large float table as one in an int8 table with a scale per row; any other node as it is."""
+    if node.op_type != "Gather" or node.input[0] not in result.weights or any(a.i for a in node.attribute):
+        return [node]
+    name, indices = node.input[0], node.input[1]
+    table = result.weights[name]()
+    if table.ndim != 2 or len(table) < MIN_ROWS or table.dtype != np.float32:
+        return [node]
+    scale = (np.maximum(np.abs(table).max(axis=1, keepdims=True), 1e-12) / 127).astype(np.float32)
+    result.weight(f"{name}.int8", np.rint(table / scale).astype(np.int8))
+    result.weight(f"{name}.scale", scale)
+    levels, floats, scales = (f"{node.output[0]}.{part}" for part in ("int8", "float", "scale"))
+    return [
+        helper.make_node("Gather", [f"{name}.int8", indices], [levels], levels),
+        helper.make_node("Cast", [levels], [floats], floats, to=TensorProto.FLOAT),
+        helper.make_node("Gather", [f"{name}.scale", indices], [scales], scales),
+        helper.make_node("Mul", [floats, scales], [node.output[0]], node.output[0]),
+    ]

@@ -1,0 +1,200 @@
+"""Where checkpoints come from: a local folder, an installed package or the Hugging Face hub. Weights are read lazily."""
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes  # noqa: F401  lets numpy, and so safetensors, read bfloat16
+import numpy as np
+import safetensors
+
+from export.catalog import ModelSpec, describe_checkpoint, find_model, read_json, suggest
+from export.errors import ExportError
+from export.graph import Loader
+from runtime.manifest import Pooling, Source
+
+METADATA = (
+    "config.json",
+    "*token*.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "modules.json",
+    "*_Pooling/config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "LICENSE*",
+)
+SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+PICKLE = ("pytorch_model.bin",)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint on this machine's disk, and what is known about it."""
+
+    spec: ModelSpec
+    folder: Path
+    origin: Literal["hub", "folder", "package"]
+    id: str
+    revision: str | None
+    allow_pickle: bool
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """``config.json``."""
+        config: dict[str, Any] = read_json(self.folder / "config.json")
+        return config
+
+    def weights(self) -> dict[str, Loader]:
+        """A loader for each tensor; one that isn't called is never read."""
+        return {_modern(name): load for path in self.weight_files() for name, load in _open(path).items()}
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights.
+
+        Raises:
+            ExportError: There are none, a shard is missing, or they are pickles and weren't allowed.
+        """
+        index = self.folder / "model.safetensors.index.json"
+        shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        files = [self.folder / shard for shard in shards]
+        missing = [path.name for path in files if not path.exists()]
+        if not missing:
+            return files
+        pickles = [path for path in (self.folder / name for name in PICKLE) if path.exists()]
+        if pickles and self.allow_pickle:
+            return pickles
+        if pickles:
+            raise ExportError(
+                f"{self.id}: its only weights are a pickle ({pickles[0].name}), which can run code when loaded; pass "
+                "--allow-pickle to read it with torch's weights_only loader, or convert it to safetensors"
+            )
+        raise ExportError(
+            f"{self.id}: {missing[0]} is missing; the checkpoint needs safetensors weights "
+            "(if it has only pytorch_model.bin, pass --allow-pickle)"
+        )
+
+    def provenance(self) -> Source:
+        """The source as the manifest records it, with the SHA-256 of every file that an export reads."""
+        files = {path for pattern in METADATA for path in self.folder.glob(pattern)} | set(self.weight_files())
+        checksums = {path.relative_to(self.folder).as_posix(): _sha256(path) for path in sorted(files)}
+        return Source(id=self.id, origin=self.origin, revision=self.revision, checksums=checksums)
+
+
+def resolve_source(
+    model: str, *, revision: str | None = None, pooling: Pooling | None = None, allow_pickle: bool = False
+) -> Checkpoint:
+    """Find a checkpoint and bring it to this machine's disk.
+
+    Args:
+        model: A short name of ``models.yaml``, a local folder, or a hub id, tried in this order.
+        revision: A branch, tag or commit of the hub; always asks the hub.
+        pooling: Overrides what the checkpoint and the catalog say.
+        allow_pickle: Accept ``pytorch_model.bin`` where there are no safetensors.
+
+    Raises:
+        ExportError: Nothing of that name, a hub that can't be reached, or an incomplete checkpoint.
+    """
+    known = find_model(model)
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not (known and known.name == model.casefold()):
+        if revision:
+            raise ExportError(f"{model}: a local folder has no revision; leave out --revision")
+        folder = folder.resolve()
+        spec, origin, source_id = ModelSpec(name=folder.name), "folder", folder.name
+    elif known and not revision and (packaged := _package_folder(known)):
+        spec, origin, source_id, folder = known, "package", f"{known.package} ({known.hub})", packaged
+    elif known or re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        source_id = (known and known.hub) or model
+        spec = known or ModelSpec(name=model.rpartition("/")[2].casefold(), hub=model)
+        folder, origin = _download(source_id, revision, allow_pickle), "hub"
+        revision = folder.name  # the cache names a snapshot's folder after its commit
+    else:
+        raise ExportError(
+            f"{model}: neither a short name of models.yaml nor a folder nor a hub id; {suggest(model)}"
+            "run python -m export --list for all names"
+        )
+    if not (folder / "config.json").is_file():
+        raise ExportError(f"{source_id}: no config.json in {folder}; is this a transformers checkpoint?")
+    checkpoint = Checkpoint(
+        spec=describe_checkpoint(spec, folder, pooling),
+        folder=folder,
+        origin=origin,  # type: ignore[arg-type]
+        id=source_id,
+        revision=revision,
+        allow_pickle=allow_pickle,
+    )
+    checkpoint.weight_files()
+    return checkpoint
+
+
+def _package_folder(spec: ModelSpec) -> Path | None:
+    """The ``model`` folder of an installed package, found without importing the package (which pulls in torch)."""
+    found = importlib.util.find_spec(spec.package) if spec.package else None
+    folder = Path(found.origin).parent / "model" if found and found.origin else None
+    return folder if folder and (folder / "config.json").is_file() else None
+
+
+def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
+    """The hub's snapshot folder in its cache; a pinned commit that is cached is not asked for again."""
+    from huggingface_hub import errors, snapshot_download  # reads HF_* variables at import
+
+    patterns = [*METADATA, *SAFETENSORS, *(PICKLE if allow_pickle else ())]
+    try:
+        if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+            try:
+                cached = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+                if any(cached.glob("*.safetensors")) and (cached / "config.json").exists():
+                    return cached
+            except errors.LocalEntryNotFoundError:
+                pass
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except errors.RevisionNotFoundError:
+        raise ExportError(f"{hub_id}: the hub has no revision {revision!r}; see its page's history for one") from None
+    except errors.GatedRepoError:
+        raise ExportError(f"{hub_id}: gated; accept its terms on the hub and run: hf auth login") from None
+    except errors.RepositoryNotFoundError:
+        raise ExportError(
+            f"{hub_id}: the hub has no such model (or it is private: run hf auth login); {suggest(hub_id)}"
+            "run python -m export --list for all names"
+        ) from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        raise ExportError(
+            f"{hub_id}: the hub can't be reached and the model is not in its cache ({type(error).__name__}); check the "
+            "network, HF_ENDPOINT and HF_HUB_OFFLINE, or download the model elsewhere and pass its folder"
+        ) from None
+    except errors.HFValidationError as error:
+        raise ExportError(f"{hub_id}: not a valid hub id ({error})") from None
+
+
+def _open(path: Path) -> Mapping[str, Loader]:
+    if path.suffix == ".bin":
+        import torch
+
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {name: lambda tensor=tensor: tensor.float().numpy() for name, tensor in state.items()}
+    try:
+        stream = safetensors.safe_open(path, framework="numpy")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ExportError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+
+    def load(name: str) -> np.ndarray:
+        tensor: np.ndarray = stream.get_tensor(name)
+        return tensor
+
+    return {name: lambda name=name: load(name) for name in stream.keys()}  # noqa: SIM118  not a mapping
+
+
+def _modern(name: str) -> str:
+    """Checkpoints from before 2019 call LayerNorm's parameters gamma and beta, as transformers still accepts."""
+    return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

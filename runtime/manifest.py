@@ -1,0 +1,193 @@
+"""The artifact's contract: ``manifest.json`` as frozen dataclasses, and the checks made before its files are trusted."""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from runtime.errors import ArtifactError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+
+Kind = Literal["embedder", "reranker"]
+Pooling = Literal["cls", "mean", "last_token", "max"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """A file of the artifact, as it was written."""
+
+    sha256: str
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """How close a variant comes to the original on the verification texts."""
+
+    texts: int
+    cosine_mean: float
+    cosine_min: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One precision of the model: its graph, where it may run, and how true it is to the original."""
+
+    file: str
+    opset: int
+    providers: tuple[str, ...]
+    cpu_safety: str
+    """Which CPUs give the promised numbers (u8×s8 products saturate on x86 without VNNI unless weights have 7 bits)."""
+    quantization: str | None
+    parity: Parity | None
+    """None only while an export is still verifying."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where the checkpoint came from, with the SHA-256 of every file that was read."""
+
+    id: str
+    origin: Literal["hub", "folder", "package"]
+    revision: str | None
+    checksums: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """Everything the runtime needs to know about a model; it has no per-model code."""
+
+    format_version: int
+    name: str
+    kind: Kind
+    architecture: str
+    source: Source
+    dim: int
+    max_length: int
+    """Tokens, special tokens included; longer texts are cut on the right."""
+    pooling: Pooling | None
+    normalize: bool
+    prompts: dict[str, str]
+    """Text put before a query (``query``) or a passage (``passage``)."""
+    variants: dict[str, Variant]
+    files: dict[str, File]
+    tools: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text of ``manifest.json``."""
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check ``manifest.json``.
+
+    Raises:
+        ArtifactError: The folder or file is missing, isn't a manifest, or needs a newer runtime.
+    """
+    path = folder / MANIFEST
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactError(
+            f"{path}: no such file; export the model first (python -m export --model NAME --out {folder})"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: can't be read ({error}); export the model again") from None
+    if not isinstance(data, dict) or not isinstance(version := data.get("format_version"), int):
+        raise ArtifactError(f"{path}: not a bge-onnx manifest; export the model again")
+    if version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path}: format {version} is newer than the {FORMAT_VERSION} this runtime reads; upgrade bge-onnx"
+        )
+    try:
+        manifest: Manifest = _parse(Manifest, data, "")
+        _check(manifest)
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}; export the model again") from None
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Refuse what the types allow but no export writes, above all a path that leaves the folder."""
+    names = [*manifest.files, *(variant.file for variant in manifest.variants.values())]
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\\" in name or ":" in name:
+            raise ArtifactError(f"{name!r} is not a plain file name")
+        if name not in manifest.files:
+            raise ArtifactError(f"{name} has no checksum")
+    if TOKENIZER not in manifest.files:
+        raise ArtifactError(f"{TOKENIZER} has no checksum")
+    if manifest.kind == "embedder" and manifest.pooling is None:
+        raise ArtifactError("an embedder without pooling")
+    if manifest.dim < 1 or manifest.max_length < 1 or not manifest.variants:
+        raise ArtifactError("dim, max_length and variants must not be empty")
+
+
+def verify_file(folder: Path, manifest: Manifest, name: str) -> Path:
+    """The path of a file whose size and SHA-256 are those of the manifest.
+
+    Raises:
+        ArtifactError: It is missing or was altered since the export.
+    """
+    path, expected = folder / name, manifest.files[name]
+    try:
+        with path.open("rb") as stream:
+            size = path.stat().st_size
+            digest = hashlib.file_digest(stream, "sha256").hexdigest() if size == expected.size else ""
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror or error}; export the model again") from None
+    if size != expected.size:
+        raise ArtifactError(f"{path}: {size} bytes where the manifest says {expected.size}; export the model again")
+    if digest != expected.sha256:
+        raise ArtifactError(f"{path}: its SHA-256 is not the manifest's, so it was altered; export the model again")
+    return path
+
+
+def describe_file(path: Path) -> File:
+    """Size and SHA-256 of a file, for the manifest."""
+    with path.open("rb") as stream:
+        return File(sha256=hashlib.file_digest(stream, "sha256").hexdigest(), size=path.stat().st_size)
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:  # noqa: ANN401
+    """``value``, as JSON gave it, in the type that a dataclass field declares."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        _expect(isinstance(value, dict), where, "an object", value)
+        hints = typing.get_type_hints(kind)
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        if unknown := sorted(value.keys() - fields):
+            raise ArtifactError(f"unknown entry {where}{unknown[0]}")
+        for name, f in fields.items():
+            if name not in value and f.default is f.default_factory is dataclasses.MISSING:
+                raise ArtifactError(f"{where}{name} is missing")
+        return kind(**{name: _parse(hints[name], entry, f"{where}{name}.") for name, entry in value.items()})  # type: ignore[operator]
+    if origin is Literal:
+        _expect(value in arguments, where, " or ".join(map(repr, arguments)), value)
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _parse(arguments[0], value, where)
+    if origin is tuple:
+        _expect(isinstance(value, list), where, "a list", value)
+        return tuple(_parse(arguments[0], entry, f"{where}{i}.") for i, entry in enumerate(value))
+    if origin is dict:
+        _expect(isinstance(value, dict), where, "an object", value)
+        return {key: _parse(arguments[1], entry, f"{where}{key}.") for key, entry in value.items()}
+    if kind is float:
+        _expect(type(value) in (int, float), where, "a number", value)
+        return float(value)
+    _expect(type(value) is kind, where, kind.__name__, value)
+    return value
+
+
+def _expect(fits: bool, where: str, wanted: str, value: object) -> None:
+    if not fits:
+        raise ArtifactError(f"{where.rstrip('.') or 'the manifest'} should be {wanted}, not {str(value)[:60]!r}")

