@@ -64,7 +64,12 @@ def _export(options: argparse.Namespace) -> None:
     from export.pipeline import export_model  # slow to import, and --list has no need of it
 
     console = Console(highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         artifact = export_model(
@@ -88,7 +93,9 @@ def _export(options: argparse.Namespace) -> None:
         size = f"{manifest.files[variant.file].size / 1e6:.1f} MB"
         parity = variant.parity
         table.add_row(name, size, f"{parity.cosine_mean:.6f}", f"{parity.cosine_min:.6f}", f"{path}/{variant.file}")
-    console.print(f"{manifest.name}: {manifest.dim} dimensions, {manifest.max_length} tokens, {manifest.pooling} pooling")
+    console.print(
+        f"{manifest.name}: {manifest.dim} dimensions, {manifest.max_length} tokens, {manifest.pooling} pooling"
+    )
     console.print(table, width=None if console.is_terminal else 200)
     console.print(f"\n{usage(str(path))}", markup=False)
 

@@ -127,7 +127,9 @@ def _declared_pooling(folder: Path, modules: dict[str, str]) -> Pooling | None:
     settings = read_json(path, {})
     names = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last_token"}
     names |= {"cls": "cls", "mean": "mean", "max": "max"}  # as sentence-transformers writes them since 5.2
-    flags = [key.removeprefix("pooling_mode_") for key, on in settings.items() if key.startswith("pooling_mode_") and on]
+    flags = [
+        key.removeprefix("pooling_mode_") for key, on in settings.items() if key.startswith("pooling_mode_") and on
+    ]
     modes = settings.get("pooling_mode", flags)
     modes = [modes] if isinstance(modes, str) else modes
     if not modes:

@@ -1,5 +1,6 @@
 """An ONNX graph under construction: nodes as protobufs, weights as loaders that are read one at a time."""
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,7 @@ def load_graph(path: Path) -> Graph:
 
 def _loaders(tensors: list[onnx.TensorProto]) -> Iterator[tuple[str, Loader]]:
     for tensor in tensors:
-        yield tensor.name, lambda tensor=tensor: numpy_helper.to_array(tensor)
+        yield tensor.name, functools.partial(numpy_helper.to_array, tensor)
 
 
 def float_value(name: str, *shape: int | str) -> onnx.ValueInfoProto:

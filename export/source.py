@@ -1,5 +1,6 @@
-"""Where checkpoints come from: a local folder, an installed package or the Hugging Face hub. Weights are read lazily."""
+"""Where checkpoints come from: a local folder, an installed package or the Hugging Face hub, with weights read lazily."""
 
+import functools
 import hashlib
 import importlib.util
 import re
@@ -177,17 +178,17 @@ def _open(path: Path) -> Mapping[str, Loader]:
         import torch
 
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {name: lambda tensor=tensor: tensor.float().numpy() for name, tensor in state.items()}
+        return {name: functools.partial(_numpy, tensor) for name, tensor in state.items()}
     try:
         stream = safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:
         raise ExportError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+    return {name: functools.partial(stream.get_tensor, name) for name in stream.keys()}  # noqa: SIM118  not a mapping
 
-    def load(name: str) -> np.ndarray:
-        tensor: np.ndarray = stream.get_tensor(name)
-        return tensor
 
-    return {name: lambda name=name: load(name) for name in stream.keys()}  # noqa: SIM118  not a mapping
+def _numpy(tensor: Any) -> np.ndarray:  # noqa: ANN401
+    """A torch tensor as float32."""
+    return tensor.float().numpy()
 
 
 def _modern(name: str) -> str:

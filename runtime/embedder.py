@@ -76,9 +76,7 @@ class Embedder:
             f"export it with --variants {variant}"
         )
 
-    def encode(
-        self, texts: str | Sequence[str], *, truncate_dim: int | None = None, truncate: bool = True
-    ) -> Floats:
+    def encode(self, texts: str | Sequence[str], *, truncate_dim: int | None = None, truncate: bool = True) -> Floats:
         """Embed texts as they are, without a prompt.
 
         A text's vector is the same to the bit whatever it is batched with.
@@ -183,7 +181,7 @@ def check_texts(texts: str | Sequence[str]) -> Sequence[str]:
     """
     if isinstance(texts, str):
         return [texts]
-    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+    if not isinstance(texts, Iterable) or isinstance(texts, bytes):
         raise InputError(f"texts is {type(texts).__name__}; pass a str or a list of str")
     texts = list(texts)
     for i, text in enumerate(texts):

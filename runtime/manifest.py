@@ -1,4 +1,4 @@
-"""The artifact's contract: ``manifest.json`` as frozen dataclasses, and the checks made before its files are trusted."""
+"""The artifact's contract: ``manifest.json`` as frozen dataclasses, and the checks made before files are trusted."""
 
 import dataclasses
 import hashlib

@@ -20,15 +20,17 @@ def pool(hidden: Floats, how: Pooling) -> Floats:
     Returns:
         float32 ``(n, dim)``.
     """
+    pooled: Floats
     match how:
         case "cls":
-            return hidden[:, 0]
+            pooled = hidden[:, 0]
         case "last_token":
-            return hidden[:, -1]
+            pooled = hidden[:, -1]
         case "max":
-            return hidden.max(axis=1)
+            pooled = hidden.max(axis=1)
         case "mean":
-            return hidden.mean(axis=1)
+            pooled = hidden.mean(axis=1)
+    return pooled
 
 
 def normalize(vectors: Floats) -> Floats:

@@ -47,7 +47,7 @@ def train_wordpiece(folder: Path, vocab_size: int = 1000) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def make_checkpoint(folder: Path, config, pooling: str | None = "mean") -> Path:  # noqa: ANN001
+def make_checkpoint(folder: Path, config, pooling: str | None = "mean") -> Path:
     """A checkpoint with random weights of a transformers config, a trained tokenizer, and a pooling module."""
     import torch
     import transformers
