@@ -6,11 +6,13 @@ rounded so that later channels make up for the error of earlier ones (GPTQ, arXi
 since u8×s8 products of 8 bits saturate on x86 CPUs without VNNI.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
+import scipy.linalg
 from onnx import TensorProto, helper
 
 from export.calibrate import Sample
@@ -18,12 +20,14 @@ from export.graph import MICROSOFT, Graph
 
 ALPHAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Smoothing strengths tried; 0 is none, and then no ``Mul`` is emitted."""
-CLIPS = (1.0, 0.85, 0.7, 0.55)
+CLIPS = (1.0, 0.9, 0.8, 0.7)
 """Shares of the observed range tried as the activation's."""
 WEIGHT_LIMIT = 63
 """7 bits: 2 · 255 · 63 still fits the int16 in which x86 without VNNI adds pairs of products."""
 DAMPING = 0.1
 """GPTQ's share of the mean diagonal that is added to the Hessian."""
+BLOCK = 64
+"""GPTQ's rows that are corrected one by one before the rest is, a matter of speed alone."""
 MIN_ROWS = 1024
 """A table with fewer rows (positions, token types) isn't worth quantising."""
 
@@ -111,10 +115,14 @@ def quantize_static(
     result = Graph(graph.inputs, graph.outputs, [], dict(graph.weights), {**graph.opsets, MICROSOFT: 1})
     replaced: dict[int, list[onnx.NodeProto]] = {}
     for done, (value, group) in enumerate(groups.items()):
-        scheme = choose_scheme(samples[value], [linear.matrix(graph) for linear in group])
+        matrix = np.concatenate([linear.matrix(graph) for linear in group], axis=1)
+        scheme = choose_scheme(samples[value], matrix)
+        rounded = round_linears(samples[value], matrix, scheme)
         nodes, quantized = _input_nodes(result, value, scheme)
+        start = 0
         for linear in group:
-            nodes += _linear_nodes(result, graph, linear, scheme, samples[value], quantized)
+            columns = slice(start, start := start + linear.matrix(graph).shape[1])
+            nodes.append(_linear_node(result, graph, linear, quantized, *(part[..., columns] for part in rounded)))
             replaced |= {id(node): [] for node in linear.nodes}
             replaced[id(linear.nodes[-1])] = nodes
             nodes = []
@@ -126,30 +134,29 @@ def quantize_static(
     return result
 
 
-def choose_scheme(sample: Sample, matrices: list[np.ndarray]) -> Scheme:
+def choose_scheme(sample: Sample, matrix: np.ndarray) -> Scheme:
     """The smoothing and range with the least error in the outputs of the linears that share an input.
 
     Weights are rounded plainly to 8 bits meanwhile, which costs about what ``round_weights`` does to 7.
     """
-    matrix = np.concatenate(matrices, axis=1)
-    rows = sample.rows
-    expected = rows @ matrix
-    best, least = None, np.inf
-    for alpha in ALPHAS:
-        smooth = _smoothing(sample.absmax, matrix, alpha)
-        divided = 1.0 if smooth is None else smooth
-        scaled = matrix if smooth is None else matrix * smooth[:, None]
-        weights = _round_plainly(scaled, 127)
-        low, high = min(0.0, float((rows / divided).min())), max(0.0, float((rows / divided).max()))
-        for clip in CLIPS:
-            scale = max((high - low) * clip / 255, 1e-12)
-            scheme = Scheme(smooth, scale, round(-low * clip / scale))
-            error = scheme.apply(rows) @ weights - expected
-            loss = float(np.square(error - error.mean(axis=0)).sum())
-            if loss < least:
-                best, least = scheme, loss
-    assert best is not None
-    return best
+    expected = sample.rows @ matrix
+
+    def loss(scheme: Scheme) -> float:
+        scaled = matrix if scheme.smooth is None else matrix * scheme.smooth[:, None]
+        error = scheme.apply(sample.rows) @ _round_plainly(scaled, 127) - expected
+        return float(np.square(error - error.mean(axis=0)).sum())
+
+    smoothed = [_full_range(sample.rows, _smoothing(sample.absmax, matrix, alpha)) for alpha in ALPHAS]
+    best = min(smoothed, key=loss)
+    return min((dataclasses.replace(best, scale=best.scale * clip) for clip in CLIPS), key=loss)
+
+
+def _full_range(rows: np.ndarray, smooth: np.ndarray | None) -> Scheme:
+    """The scheme that clips nothing."""
+    divided = rows if smooth is None else rows / smooth
+    low, high = min(0.0, float(divided.min())), max(0.0, float(divided.max()))
+    scale = max((high - low) / 255, 1e-12)
+    return Scheme(smooth, scale, round(-low / scale))
 
 
 def _smoothing(absmax: np.ndarray, matrix: np.ndarray, alpha: float) -> np.ndarray | None:
@@ -179,21 +186,39 @@ def round_weights(matrix: np.ndarray, inputs: np.ndarray) -> tuple[np.ndarray, n
     hessian = inputs.T @ inputs
     hessian[np.diag_indices_from(hessian)] += DAMPING * np.diagonal(hessian).mean() + 1e-12
     order = np.argsort(-np.diagonal(hessian), kind="stable")
-    left = (matrix / scale)[order].astype(np.float32)
-    inverse = np.linalg.inv(hessian[np.ix_(order, order)].astype(np.float64))
-    factor = np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
+    # The upper Cholesky factor of the inverse is the inverted factor of the reversed matrix, reversed.
+    backwards = np.linalg.cholesky(hessian[np.ix_(order[::-1], order[::-1])])
+    factor = scipy.linalg.lapack.strtri(backwards, lower=1)[0][::-1, ::-1]
+    left = (matrix / scale)[order]
     rounded = np.empty_like(left)
-    for start in range(0, len(left), 128):
-        block = slice(start, start + 128)
+    for start in range(0, len(left), BLOCK):
+        block = slice(start, start + BLOCK)
         errors = np.empty_like(left[block])
-        for i in range(start, min(start + 128, len(left))):
+        for i in range(start, min(start + BLOCK, len(left))):
             rounded[i] = np.clip(np.rint(left[i]), -WEIGHT_LIMIT, WEIGHT_LIMIT)
             errors[i - start] = (left[i] - rounded[i]) / factor[i, i]
-            left[i + 1 : start + 128] -= np.outer(factor[i, i + 1 : start + 128], errors[i - start])
-        left[start + 128 :] -= factor[block, start + 128 :].T @ errors
+            left[i + 1 : start + BLOCK] -= np.outer(factor[i, i + 1 : start + BLOCK], errors[i - start])
+        left[start + BLOCK :] -= factor[block, start + BLOCK :].T @ errors
     levels = np.empty(matrix.shape, np.int8)
     levels[order] = rounded
     return levels, scale
+
+
+def round_linears(sample: Sample, matrix: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Round the weights of linears that share an input.
+
+    Args:
+        sample: What they see.
+        matrix: Their weights side by side, float32 ``(in, out)``.
+        scheme: How their input is quantised.
+
+    Returns:
+        int8 ``(in, out)``, scales float32 ``(out,)``, and what rounding shifts the outputs by on average, float32
+        ``(out,)``, which the bias can take back.
+    """
+    seen = scheme.apply(sample.rows)
+    levels, scale = round_weights(matrix if scheme.smooth is None else matrix * scheme.smooth[:, None], seen)
+    return levels, scale, (sample.rows @ matrix - seen @ (levels * scale)).mean(axis=0)
 
 
 def _input_nodes(result: Graph, value: str, scheme: Scheme) -> tuple[list[onnx.NodeProto], str]:
@@ -210,16 +235,10 @@ def _input_nodes(result: Graph, value: str, scheme: Scheme) -> tuple[list[onnx.N
     return nodes, f"{value}.int8"
 
 
-def _linear_nodes(
-    result: Graph, graph: Graph, linear: Linear, scheme: Scheme, sample: Sample, quantized: str
-) -> list[onnx.NodeProto]:
-    matrix = linear.matrix(graph)
-    smoothed = matrix if scheme.smooth is None else matrix * scheme.smooth[:, None]
-    seen = scheme.apply(sample.rows)
-    levels, scale = round_weights(smoothed, seen)
-    bias = graph.weights[linear.bias]() if linear.bias else np.zeros(len(scale), np.float32)
-    # What rounding shifts on average is known, so it is taken back in the bias.
-    bias = bias + (sample.rows @ matrix - seen @ (levels * scale)).mean(axis=0)
+def _linear_node(
+    result: Graph, graph: Graph, linear: Linear, quantized: str, levels: np.ndarray, scale: np.ndarray, shift: np.ndarray
+) -> onnx.NodeProto:
+    bias = graph.weights[linear.bias]() if linear.bias else np.float32(0)
     value, name = linear.input, linear.weight
     inputs = [
         quantized,
@@ -228,9 +247,9 @@ def _linear_nodes(
         result.weight(f"{name}.scale", scale),
         f"{value}.zero_point",
         result.weight(f"{name}.zero_point", np.zeros(len(scale), np.int8)),
-        result.weight(f"{name}.bias", bias.astype(np.float32)),
+        result.weight(f"{name}.bias", (bias + shift).astype(np.float32)),
     ]
-    return [helper.make_node("MatMulIntegerToFloat", inputs, [linear.output], linear.output, domain=MICROSOFT)]
+    return helper.make_node("MatMulIntegerToFloat", inputs, [linear.output], linear.output, domain=MICROSOFT)
 
 
 def _embedding_nodes(result: Graph, node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,42 @@ def copied(tmp_path):
         return Path(shutil.copytree(folder, tmp_path / folder.name))
 
     return copy
+
+
+@pytest.fixture
+def edited(copied):
+    """A function that copies an artifact and lets another change its manifest, given as JSON objects."""
+
+    def edit(folder: Path, change) -> Path:
+        copy = copied(folder)
+        manifest = json.loads((copy / "manifest.json").read_text("utf-8"))
+        change(manifest)
+        (copy / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+        return copy
+
+    return edit
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A function that starts Python in a process of its own, with an empty hub cache; it is killed with the test."""
+    processes = []
+
+    def start_(*arguments, preexec_fn=None, **environment: str) -> subprocess.Popen:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        process = subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            env=inherited | {"HF_HOME": str(tmp_path / "hf")} | environment,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=preexec_fn,
+        )
+        processes.append(process)
+        return process
+
+    yield start_
+    for process in processes:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,256 @@
+"""models.yaml is what FlagEmbedding ships, and a checkpoint's own word about itself wins over it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from export.catalog import ModelSpec, describe_checkpoint, find_model, load_catalog, suggest
+from export.errors import ExportError
+
+CATALOG = load_catalog()
+DIMS = {"small": 384, "base": 768, "large": 1024}
+EN = {"query": "Represent this sentence for searching relevant passages: "}
+ZH = {"query": "为这个句子生成表示以用于检索相关文章："}
+E5 = {"query": "query: ", "passage": "passage: "}
+
+
+@pytest.fixture(autouse=True)
+def _parsed_once(monkeypatch):
+    """Parsing the YAML for each of several hundred questions would take seconds."""
+    monkeypatch.setattr("export.catalog.load_catalog", lambda: CATALOG)
+
+
+def expected_rows():
+    """(hub id, kind, pooling, dimensions where known, max length, prompts) of everything that has to be known."""
+    for size, dim in DIMS.items():
+        zh_dim = {**DIMS, "small": 512}[size]
+        for version in ("", "-v1.5"):
+            yield f"BAAI/bge-{size}-en{version}", "embedder", "cls", dim, 512, EN
+            yield f"BAAI/bge-{size}-zh{version}", "embedder", "cls", zh_dim, 512, ZH
+        for name in (f"e5-{size}", f"e5-{size}-v2", f"multilingual-e5-{size}"):
+            yield f"intfloat/{name}", "embedder", "mean", dim, 512, E5
+        yield f"thenlper/gte-{size}", "embedder", "mean", dim, 512, {}
+        yield f"thenlper/gte-{size}-zh", "embedder", "cls", None, 512, {}
+    yield "BAAI/bge-m3", "embedder", "cls", 1024, 8192, {}
+    yield "maidalun1020/bce-embedding-base_v1", "embedder", "cls", None, 512, {}
+    yield "sentence-transformers/all-MiniLM-L6-v2", "embedder", "mean", 384, 256, {}
+    for name, limit in (("base", 512), ("large", 512), ("v2-m3", 8192)):
+        yield f"BAAI/bge-reranker-{name}", "reranker", None, None, limit, {}
+    yield "maidalun1020/bce-reranker-base_v1", "reranker", None, None, 512, {}
+    for layers in (6, 12):
+        yield f"cross-encoder/ms-marco-MiniLM-L{layers}-v2", "reranker", None, None, 512, {}
+
+
+@pytest.mark.parametrize(("hub", "kind", "pooling", "dim", "limit", "prompts"), list(expected_rows()))
+def test_the_catalog_has_each_encoder_that_flagembedding_ships(hub, kind, pooling, dim, limit, prompts):
+    spec = find_model(hub)
+    assert spec is not None
+    assert (spec.hub, spec.kind, spec.pooling, spec.max_length, spec.prompts) == (hub, kind, pooling, limit, prompts)
+    assert spec.dim in (dim, None) or dim is None
+    assert kind == "reranker" or spec.normalize
+
+
+def test_the_catalog_lists_nothing_else_and_no_decoder():
+    assert {spec.hub for spec in CATALOG.values()} == {row[0] for row in expected_rows()}
+
+
+def test_no_name_stands_twice():
+    text = (Path(__file__).parents[1] / "models.yaml").read_text("utf-8")
+    names = [key.value for key, _ in yaml.compose(text).value]  # a plain load would keep the last of two
+    assert len(names) == len({name.casefold() for name in names})
+
+
+@pytest.mark.parametrize("spec", list(CATALOG.values()), ids=lambda spec: spec.name)
+def test_a_model_is_found_by_short_name_hub_id_and_its_last_part(spec):
+    for model in (spec.name, spec.hub, spec.hub.rpartition("/")[2]):
+        assert find_model(model) == find_model(model.upper()) == find_model(model.swapcase()) == spec
+
+
+def test_bge_base_is_the_english_one_of_version_1_5():
+    assert find_model("bge-base").hub == "BAAI/bge-base-en-v1.5"
+
+
+@pytest.mark.parametrize("model", ["", "/", "BAAI", "BAAI/", "bge-base ", "other/bge-base-en-v1.5", ".prompts"])
+def test_what_is_almost_a_name_is_not_found(model):
+    assert find_model(model) is None
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("bge-bse", "bge-base"), ("BGE_BASE", "bge-base"), ("e5-smal", "e5-small"), ("bge-m4", "bge-m3")],
+)
+def test_a_near_miss_gets_the_name_that_was_meant(typed, meant):
+    assert meant in suggest(typed).removesuffix("? ").removeprefix("did you mean ").split(" or ")
+
+
+def test_a_name_far_from_all_gets_no_suggestion():
+    assert suggest("zzzzzzzz") == ""
+
+
+@pytest.fixture
+def describe(tmp_path):
+    """A function that writes a checkpoint's JSON files and describes it."""
+
+    def describe_(files: dict | None = None, pooling=None, config: dict | None = None, **spec):
+        config = {"model_type": "bert", "hidden_size": 32, "max_position_embeddings": 512} | (config or {})
+        for name, content in {"config.json": config, **(files or {})}.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        return describe_checkpoint(ModelSpec(**({"name": "m", "pooling": "mean"} | spec)), tmp_path, pooling)
+
+    return describe_
+
+
+CLS = {"1_Pooling/config.json": {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}}
+
+
+def test_the_checkpoints_pooling_wins_over_the_catalog_and_the_users_over_both(describe):
+    assert describe().pooling == "mean"
+    assert describe(CLS).pooling == "cls"
+    assert describe(CLS, "max").pooling == "max"
+
+
+@pytest.mark.parametrize(
+    ("settings", "pooling"),
+    [
+        ({"pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_max_tokens": False}, "cls"),
+        ({"pooling_mode_max_tokens": True}, "max"),
+        ({"pooling_mode_lasttoken": True}, "last_token"),
+        ({"pooling_mode": "mean"}, "mean"),  # sentence-transformers 5.2 and later
+        ({"pooling_mode": ["cls"]}, "cls"),
+        ({"pooling_mode": "max"}, "max"),
+        ({"pooling_mode": "lasttoken"}, "last_token"),
+    ],
+)
+def test_old_flags_and_the_new_key_both_name_the_pooling(describe, settings, pooling):
+    settings = {"word_embedding_dimension": 32, **settings}
+    assert describe({"1_Pooling/config.json": settings}).pooling == pooling
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
+        {"pooling_mode": ["cls", "mean"]},
+        {"pooling_mode_mean_sqrt_len_tokens": True},
+        {"pooling_mode": "weightedmean"},
+    ],
+)
+def test_a_pooling_that_the_runtime_lacks_is_an_error(describe, settings):
+    with pytest.raises(ExportError, match="1_Pooling/config.json: pooling by .* not supported"):
+        describe({"1_Pooling/config.json": settings})
+
+
+def test_an_embedder_without_pooling_is_an_error_not_a_guess(describe, tmp_path):
+    describe()
+    with pytest.raises(ExportError, match="--pooling"):
+        describe_checkpoint(ModelSpec(name="m"), tmp_path, None)
+    assert describe_checkpoint(ModelSpec(name="m"), tmp_path, "last_token").pooling == "last_token"
+
+
+def modules(*names: str) -> list[dict]:
+    """modules.json as sentence-transformers writes it."""
+    return [
+        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
+        for i, name in enumerate(names)
+    ]
+
+
+@pytest.mark.parametrize("names", [("Transformer", "Pooling"), ("Transformer", "Pooling", "Normalize")])
+def test_modules_json_says_whether_vectors_are_normalised(describe, names):
+    assert describe({"modules.json": modules(*names)}).normalize == ("Normalize" in names)
+
+
+def test_without_modules_json_the_catalog_says_whether_vectors_are_normalised(describe):
+    assert describe().normalize
+    assert not describe(normalize=False).normalize
+
+
+@pytest.mark.parametrize("name", ["Dense", "LayerNorm", "StaticEmbedding"])
+def test_a_module_that_would_change_the_vectors_is_an_error(describe, name):
+    with pytest.raises(ExportError, match=f"module {name} can't be exported"):
+        describe({"modules.json": modules("Transformer", "Pooling", name)})
+
+
+def test_the_pooling_folder_is_the_one_that_modules_json_names(describe):
+    listed = modules("Transformer", "Other", "Pooling")
+    del listed[1]
+    assert describe({"modules.json": listed, "2_Pooling/config.json": {"pooling_mode": "max"}, **CLS}).pooling == "max"
+
+
+def test_prompts_come_from_the_checkpoint_under_our_names(describe):
+    prompts = {"query": "q: ", "document": "d: ", "clustering": "c: "}
+    files = {"config_sentence_transformers.json": {"prompts": prompts, "default_prompt_name": None}}
+    assert describe(files, prompts={"query": "old"}).prompts == {"query": "q: ", "passage": "d: ", "clustering": "c: "}
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"prompts": None}, {"prompts": {}}, {"prompts": {"query": "", "document": ""}}]
+)
+def test_prompts_that_say_nothing_leave_the_catalogs(describe, content):
+    assert describe({"config_sentence_transformers.json": content}, prompts=EN).prompts == EN
+
+
+def test_max_length_is_the_checkpoints_then_the_catalogs_then_the_tokenizers_then_all_positions(describe):
+    assert describe().max_length == 512
+    tokenizer = {"tokenizer_config.json": {"model_max_length": 100}}
+    assert describe(tokenizer).max_length == 100
+    assert describe(tokenizer, max_length=200).max_length == 200
+    assert describe({"sentence_bert_config.json": {"max_seq_length": 300}}, max_length=200).max_length == 300
+
+
+@given(
+    limit=st.integers(1, 20_000) | st.just(int(1e30)),
+    positions=st.integers(8, 9000),
+    architecture=st.sampled_from(["bert", "distilbert", "xlm-roberta", "roberta", "mpnet"]),
+    pad=st.integers(0, 3),
+)
+def test_max_length_never_exceeds_the_usable_positions(tmp_path_factory, limit, positions, architecture, pad):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = {"model_type": architecture, "max_position_embeddings": positions, "pad_token_id": pad}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": limit}))
+    usable = positions - (0 if architecture.endswith("bert") else pad + 1)
+    assert describe_checkpoint(ModelSpec(name="m", pooling="cls"), folder, None).max_length == min(limit, usable)
+
+
+def test_xlm_robertas_514_positions_hold_512_tokens(describe):
+    config = {"model_type": "xlm-roberta", "max_position_embeddings": 514, "pad_token_id": 1}
+    assert describe(config=config, max_length=8192).max_length == 512
+
+
+def test_architecture_and_dimensions_come_from_the_config(describe):
+    spec = describe(config={"model_type": "distilbert", "hidden_size": None, "dim": 48}, architecture="bert", dim=7)
+    assert (spec.architecture, spec.dim) == ("distilbert", 48)
+
+
+def test_a_sequence_classifier_is_a_reranker_unless_modules_make_it_an_embedder(describe):
+    config = {"architectures": ["BertForSequenceClassification"]}
+    assert (describe(config=config).kind, describe(config=config).pooling) == ("reranker", None)
+    embedder = describe({"modules.json": modules("Transformer", "Pooling")}, config=config)
+    assert (embedder.kind, embedder.pooling) == ("embedder", "mean")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("modules.json", "not json"),
+        ("1_Pooling/config.json", "[]"),
+        ("sentence_bert_config.json", "[]"),
+    ],
+)
+def test_a_spoilt_json_file_is_named_in_a_clean_error(describe, name, content):
+    with pytest.raises(ExportError, match=name):
+        describe({name: content})
+
+
+def test_a_folder_without_config_is_a_clean_error(tmp_path):
+    with pytest.raises(ExportError, match="config.json: no such file"):
+        describe_checkpoint(ModelSpec(name="m", pooling="cls"), tmp_path, None)
