@@ -139,3 +139,12 @@ def start(tmp_path):
     for process in processes:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def few_texts(monkeypatch):
+    """Verification on a tenth of its texts, for tests of something else; shared artifacts are verified on all."""
+    import export.pipeline
+
+    texts = export.pipeline.verification_texts()[::10]
+    monkeypatch.setattr(export.pipeline, "verification_texts", lambda: texts)

@@ -15,6 +15,8 @@ from export.pipeline import build_graph, export_model
 from export.source import resolve_source
 from runtime import Embedder
 
+pytestmark = pytest.mark.usefixtures("few_texts")
+
 
 def graph_bytes(folder: Path, **options) -> bytes:
     """The fp32 graph that is built of a checkpoint."""

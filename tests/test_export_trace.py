@@ -23,12 +23,12 @@ def tiny_config(name: str):
         return transformers.DistilBertConfig(
             vocab_size=1200, dim=32, n_layers=LAYERS, n_heads=4, hidden_dim=64, max_position_embeddings=64
         )
-    kind = {"mpnet": transformers.MPNetConfig, "albert": transformers.AlbertConfig}[name]
+    assert name == "mpnet"
     sizes = dict(hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=64)
-    return kind(vocab_size=1200, max_position_embeddings=66, **sizes)
+    return transformers.MPNetConfig(vocab_size=1200, max_position_embeddings=66, **sizes)
 
 
-@pytest.fixture(scope="module", params=["distilbert", "mpnet", "relative-bert", "albert"])
+@pytest.fixture(scope="module", params=["distilbert", "mpnet", "relative-bert"])
 def traced(request, tmp_path_factory):
     """A traced artifact, fp32 and int8."""
     folder = tmp_path_factory.mktemp("traced")
@@ -50,7 +50,7 @@ def test_it_was_traced_and_gives_token_vectors_alone(traced):
 
 def test_its_linears_are_found_with_their_bias_and_all_become_int8(traced):
     linears = find_linears(load_graph(traced.path / "model.fp32.onnx"))
-    assert len(linears) >= 6 * LAYERS
+    assert len(linears) == 6 * LAYERS
     assert all(linear.bias for linear in linears)
     int8 = load_graph(traced.path / "model.int8.onnx")
     assert find_linears(int8) == []
