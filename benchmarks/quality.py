@@ -36,9 +36,7 @@ def retrieval(embedder: Embedder, folder: Path) -> dict[str, float]:
     scores = embedder.encode_queries(list(queries.values())) @ embedder.encode_corpus(list(corpus.values())).T
     best = np.argsort(-scores, axis=1, kind="stable")[:, :100]
     ids = list(corpus)
-    run = {
-        query: {ids[j]: float(row[j]) for j in top} for query, row, top in zip(queries, scores, best, strict=True)
-    }
+    run = {query: {ids[j]: float(row[j]) for j in top} for query, row, top in zip(queries, scores, best, strict=True)}
     return rank_metrics(qrels, run)
 
 
@@ -62,7 +60,9 @@ def read_beir(folder: Path) -> tuple[dict[str, str], dict[str, str], dict[str, d
         for row in csv.DictReader(stream, delimiter="\t"):
             query, document = row["query-id"], row["corpus-id"]
             if query not in queries or document not in corpus:
-                raise InputError(f"{folder}: the judgement {query} {document} names what isn't there; mend qrels/test.tsv")
+                raise InputError(
+                    f"{folder}: the judgement {query} {document} names what isn't there; mend qrels/test.tsv"
+                )
             qrels.setdefault(query, {})[document] = int(row["score"])
     return corpus, {query: queries[query] for query in qrels}, qrels
 

@@ -7,14 +7,20 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+try:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
 
-from export.card import usage
-from export.catalog import POOLINGS, load_catalog
-from runtime.errors import BgeOnnxError
+    from export.card import usage
+    from export.catalog import POOLINGS, load_catalog
+    from runtime.errors import BgeOnnxError
+except ImportError as missing:
+    sys.exit(f"error: an export needs {missing.name}, which isn't installed; run: pip install 'bge-onnx[cpu,export]'")
+
+PIPED = 1000
+"""Columns when the output is no terminal, so that a table is never cut."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.getLogger("runtime").setLevel(logging.ERROR)  # some verification texts are too long on purpose
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    signal.signal(signal.SIGTERM, _interrupt)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         _list() if options.list else _export(options)
     except BgeOnnxError as error:
@@ -31,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("[red]interrupted:[/red] nothing was written")
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 0
 
 
@@ -56,21 +64,21 @@ def _list() -> None:
     for spec in load_catalog().values():
         cells = (spec.name, spec.hub, spec.kind, spec.architecture, spec.pooling, spec.dim, spec.max_length)
         table.add_row(*(str(cell or "") for cell in cells), escape(spec.prompts.get("query", "")))
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 200)
+    _console().print(table)
 
 
 def _export(options: argparse.Namespace) -> None:
     from export.pipeline import export_model  # slow to import, and --list has no need of it
 
-    console = Console(highlight=False)
+    console = _console()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    screen = Console(stderr=True)
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("starting", total=1.0)
         artifact = export_model(
             options.model,
@@ -86,7 +94,7 @@ def _export(options: argparse.Namespace) -> None:
     manifest = artifact.manifest
     table = Table(box=None, pad_edge=False)
     for column in ("variant", "size", "cosine mean", "min", "path"):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, overflow="fold")
     path = _short(artifact.path)
     for name, variant in manifest.variants.items():
         assert variant.parity
@@ -96,8 +104,12 @@ def _export(options: argparse.Namespace) -> None:
     console.print(
         f"{manifest.name}: {manifest.dim} dimensions, {manifest.max_length} tokens, {manifest.pooling} pooling"
     )
-    console.print(table, width=None if console.is_terminal else 200)
+    console.print(table)
     console.print(f"\n{usage(str(path))}", markup=False)
+
+
+def _console() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else PIPED)
 
 
 def _short(path: Path) -> Path:

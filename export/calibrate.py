@@ -1,5 +1,7 @@
 """What the linears of a graph see on calibration texts: the ranges and a sample of their inputs."""
 
+import concurrent.futures
+import functools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +12,7 @@ import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper
 
-from export.errors import ExportError
+from export.errors import ExportError, first_line
 from export.graph import Graph
 from runtime.session import usable_cpus
 
@@ -54,27 +56,38 @@ def collect(graph: Graph, values: Sequence[str], token_ids: Sequence[Sequence[in
     """
     share = min(1.0, ROWS / sum(map(len, token_ids)))
     generator = np.random.default_rng(0)
-    peaks: dict[str, np.ndarray] = {}
-    kept: dict[str, list[np.ndarray]] = {value: [] for value in values}
+    drawn = [generator.random(len(ids)) < share for ids in token_ids]
     with tempfile.TemporaryDirectory(prefix="bge-onnx-") as scratch:
         session = _session(graph, values, Path(scratch) / "calibrate.onnx")
-        wants_mask = any(entry.name == "attention_mask" for entry in session.get_inputs())
-        wants_types = any(entry.name == "token_type_ids" for entry in session.get_inputs())
-        for ids in token_ids:
-            feeds = {"input_ids": np.array([ids], np.int64)}
-            if wants_mask:
-                feeds["attention_mask"] = np.ones_like(feeds["input_ids"])
-            if wants_types:
-                feeds["token_type_ids"] = np.zeros_like(feeds["input_ids"])
-            drawn = generator.random(len(ids)) < share
-            for value, held in zip(values, session.run(list(values), feeds), strict=True):
-                rows = held.reshape(-1, held.shape[-1])
-                magnitude = np.abs(rows)
-                peak = magnitude.max(axis=0)
-                peaks[value] = np.maximum(peaks[value], peak) if value in peaks else peak
-                extreme = np.arange(len(rows)) == magnitude.max(axis=1).argmax()
-                kept[value].append(rows[drawn | extreme])
-    return {value: Sample(peaks[value], np.concatenate(kept[value])) for value in values}
+        with concurrent.futures.ThreadPoolExecutor(usable_cpus()) as pool:
+            observed = list(pool.map(functools.partial(_observe, session, values), token_ids, drawn))
+    merged = {}
+    for i, value in enumerate(values):
+        absmax = np.max([samples[i].absmax for samples in observed], axis=0)
+        merged[value] = Sample(absmax, np.concatenate([samples[i].rows for samples in observed]))
+    return merged
+
+
+def _observe(
+    session: onnxruntime.InferenceSession, values: Sequence[str], ids: Sequence[int], drawn: np.ndarray
+) -> list[Sample]:
+    """What the values held on one text: of its tokens, the drawn ones and the most extreme one."""
+    feeds = {"input_ids": np.array([ids], np.int64)}
+    fill = {"attention_mask": np.ones_like, "token_type_ids": np.zeros_like}
+    feeds |= {entry.name: fill[entry.name](feeds["input_ids"]) for entry in session.get_inputs() if entry.name in fill}
+    try:
+        held = session.run(list(values), feeds)
+    except Exception as error:  # onnxruntime's errors share no public base
+        raise ExportError(
+            f"the graph fails on a calibration text of {len(ids)} tokens ({first_line(error)}); "
+            "is the checkpoint whole, and its max length right?"
+        ) from error
+    samples = []
+    for rows in (value.reshape(-1, value.shape[-1]) for value in held):
+        magnitude = np.abs(rows)
+        extreme = np.arange(len(rows)) == magnitude.max(axis=1).argmax()
+        samples.append(Sample(magnitude.max(axis=0), rows[drawn | extreme]))
+    return samples
 
 
 def _session(graph: Graph, values: Sequence[str], path: Path) -> onnxruntime.InferenceSession:
@@ -82,5 +95,5 @@ def _session(graph: Graph, values: Sequence[str], path: Path) -> onnxruntime.Inf
     extra = [helper.make_tensor_value_info(value, TensorProto.FLOAT, None) for value in values]
     Graph(graph.inputs, [*graph.outputs, *extra], graph.nodes, graph.weights, graph.opsets).save(path)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = usable_cpus()
+    options.intra_op_num_threads = 1  # texts run side by side instead, which is faster
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +43,9 @@ class ModelSpec:
     package: str | None = None
 
 
+@functools.cache
 def load_catalog() -> dict[str, ModelSpec]:
-    """All rows of ``models.yaml`` by short name; the file lies in the wheel's ``export/`` or at the repository's root."""
+    """All rows of ``models.yaml`` by short name; it lies in the wheel's ``export/`` or at the repository's root."""
     here = Path(__file__).parent
     path = next(p for p in (here / "models.yaml", here.parent / "models.yaml") if p.exists())
     rows = yaml.safe_load(path.read_text("utf-8"))
@@ -116,8 +118,8 @@ def _modules(folder: Path) -> dict[str, str]:
     modules = {entry["type"].rpartition(".")[2]: entry["path"] for entry in listed}
     if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
         raise ExportError(
-            f"{folder / 'modules.json'}: the module {min(unknown)} can't be exported yet, only Transformer, Pooling and "
-            "Normalize; without it the vectors would be wrong"
+            f"{folder / 'modules.json'}: the module {min(unknown)} can't be exported yet, only Transformer, Pooling "
+            "and Normalize; without it the vectors would be wrong"
         )
     return modules
 
@@ -153,18 +155,22 @@ def _max_length(spec: ModelSpec, folder: Path, config: dict[str, Any]) -> int:
 
 
 def read_json(path: Path, default: Any = None) -> Any:  # noqa: ANN401
-    """The content of a JSON file, or ``default`` where there is none.
+    """The content of a JSON file, or ``default`` where there is none: an object unless the default is something else.
 
     Raises:
-        ExportError: It isn't JSON, or is missing without a default.
+        ExportError: It isn't JSON or holds another type, or is missing without a default.
     """
+    wanted = dict if default is None else type(default)
     try:
-        return json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
+        if not isinstance(content, wanted):
+            raise ValueError(f"it holds a {type(content).__name__}, not a {wanted.__name__}")
+        return content
     except FileNotFoundError:
         if default is not None:
             return default
         raise ExportError(f"{path}: no such file; is this a transformers checkpoint?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path}: can't be read ({error}); download the checkpoint again") from None
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from export.errors import ExportError
 from export.graph import MICROSOFT, Graph, Loader, float_value, int_value
 
 
@@ -16,8 +17,11 @@ class EncoderConfig:
     layers: int
     hidden: int
     heads: int
+    intermediate: int
+    vocab: int
     positions: int
     """Longest text, in tokens."""
+    token_types: int
     activation: Literal["gelu", "gelu_new", "relu"]
     norm_eps: float
 
@@ -38,11 +42,11 @@ class Family:
 
 
 def build_encoder(config: EncoderConfig, weight: Callable[[str], Loader]) -> Graph:
-    """The encoder as an fp32 graph: ``input_ids`` int64 (batch, tokens) → ``last_hidden_state`` (batch, tokens, hidden).
+    """The encoder in fp32: ``input_ids`` int64 (batch, tokens) → ``last_hidden_state`` (batch, tokens, hidden).
 
     There is no mask, since the runtime never pads: ONNX Runtime's CPU ``MultiHeadAttention`` takes its flash path only
-    without one. Linears are ``Gemm`` over flat tokens, which takes the bias along. ``SkipLayerNormalization`` is avoided,
-    being several times slower on CPU than ``Add`` and ``LayerNormalization``.
+    without one. Linears are ``Gemm`` over flat tokens, which takes the bias along. ``SkipLayerNormalization`` is
+    avoided, being several times slower on CPU than ``Add`` and ``LayerNormalization``.
 
     Args:
         config: The encoder's shape.
@@ -63,14 +67,15 @@ def _embeddings(graph: Graph, config: EncoderConfig, weight: Callable[[str], Loa
     """Flat embedded tokens, (batch · tokens, hidden); names ``hidden_shape`` on the way."""
 
     def positions() -> np.ndarray:  # an embedder's token type is always 0, so its embedding joins the position's
-        table = weight("embeddings.position")()[: config.positions].astype(np.float32)
-        return table + weight("embeddings.token_type")()[0].astype(np.float32)
+        table = _checked(weight, "embeddings.position", config.positions, config.hidden)()
+        return table + _checked(weight, "embeddings.token_type", config.token_types, config.hidden)()[0]
 
     graph.weight("hidden", np.array([config.hidden], np.int64))
     graph.weight("flat_shape", np.array([-1, config.hidden], np.int64))
     shape = graph.add("Shape", "input_ids")
     graph.add("Concat", shape, "hidden", name="hidden_shape", axis=0)
-    words = graph.add("Gather", _float(graph, weight, "embeddings.word"), "input_ids")
+    word = graph.weight("embeddings.word", _checked(weight, "embeddings.word", config.vocab, config.hidden))
+    words = graph.add("Gather", word, "input_ids")
     tokens = graph.add("Gather", shape, graph.weight("one", np.array([1], np.int64)))
     start = graph.weight("zero", np.array([0], np.int64))
     places = graph.add("Slice", graph.weight("embeddings.position", positions), start, tokens)
@@ -79,14 +84,17 @@ def _embeddings(graph: Graph, config: EncoderConfig, weight: Callable[[str], Loa
 
 
 def _layer(graph: Graph, config: EncoderConfig, weight: Callable[[str], Loader], layer: str, x: str) -> str:
+    hidden, wide = config.hidden, config.intermediate
     heads = [
-        graph.add("Reshape", _linear(graph, weight, f"{layer}.{part}", x), "hidden_shape")
+        graph.add("Reshape", _linear(graph, weight, f"{layer}.{part}", x, hidden, hidden), "hidden_shape")
         for part in ("query", "key", "value")
     ]
     attended = graph.add("MultiHeadAttention", *heads, domain=MICROSOFT, num_heads=config.heads)
-    attended = _linear(graph, weight, f"{layer}.attention", graph.add("Reshape", attended, "flat_shape"))
+    attended = _linear(
+        graph, weight, f"{layer}.attention", graph.add("Reshape", attended, "flat_shape"), hidden, hidden
+    )
     x = _norm(graph, config, weight, f"{layer}.attention_norm", graph.add("Add", attended, x))
-    up = _linear(graph, weight, f"{layer}.up", x)
+    up = _linear(graph, weight, f"{layer}.up", x, hidden, wide)
     match config.activation:
         case "gelu":
             up = graph.add("Gelu", up, domain=MICROSOFT)
@@ -94,20 +102,33 @@ def _layer(graph: Graph, config: EncoderConfig, weight: Callable[[str], Loader],
             up = graph.add("FastGelu", up, domain=MICROSOFT)
         case "relu":
             up = graph.add("Relu", up)
-    down = _linear(graph, weight, f"{layer}.down", up)
+    down = _linear(graph, weight, f"{layer}.down", up, wide, hidden)
     return _norm(graph, config, weight, f"{layer}.norm", graph.add("Add", down, x))
 
 
-def _linear(graph: Graph, weight: Callable[[str], Loader], name: str, x: str) -> str:
-    parts = (_float(graph, weight, f"{name}.{part}") for part in ("weight", "bias"))
-    return graph.add("Gemm", x, *parts, name=name, transB=1)
+def _linear(graph: Graph, weight: Callable[[str], Loader], name: str, x: str, width_in: int, width_out: int) -> str:
+    matrix = graph.weight(f"{name}.weight", _checked(weight, f"{name}.weight", width_out, width_in))
+    bias = graph.weight(f"{name}.bias", _checked(weight, f"{name}.bias", width_out))
+    return graph.add("Gemm", x, matrix, bias, name=name, transB=1)
 
 
 def _norm(graph: Graph, config: EncoderConfig, weight: Callable[[str], Loader], name: str, x: str) -> str:
-    parts = (_float(graph, weight, f"{name}.{part}") for part in ("weight", "bias"))
+    parts = [f"{name}.weight", f"{name}.bias"]
+    parts = [graph.weight(part, _checked(weight, part, config.hidden)) for part in parts]
     return graph.add("LayerNormalization", x, *parts, axis=-1, epsilon=config.norm_eps)
 
 
-def _float(graph: Graph, weight: Callable[[str], Loader], name: str) -> str:
+def _checked(weight: Callable[[str], Loader], name: str, *shape: int) -> Loader:
+    """The loader of a weight as float32, which raises unless it has the shape that ``config.json`` makes expect."""
     load = weight(name)
-    return graph.weight(name, lambda: load().astype(np.float32, copy=False))
+
+    def checked() -> np.ndarray:
+        array = load()
+        if array.shape != shape:
+            raise ExportError(
+                f"weight {name} has shape {array.shape} where config.json makes it {shape}; the two don't "
+                "belong together, download the checkpoint again"
+            )
+        return array.astype(np.float32, copy=False)
+
+    return checked

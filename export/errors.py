@@ -9,3 +9,9 @@ class ExportError(BgeOnnxError):
 
 class ParityError(ExportError):
     """A variant is not close enough to the original to be published."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of somebody else's error, to be quoted in one of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -71,13 +71,22 @@ class Graph:
 
 
 def load_graph(path: Path) -> Graph:
-    """Read an ONNX file whole."""
+    """Read an ONNX file whole; a weight's other names (``Identity``, where layers share it) become its own."""
     model = onnx.load(path)
+    weights = dict(_loaders(model.graph.initializer))
+    nodes, alias = [], {}
+    for node in model.graph.node:
+        if node.op_type == "Identity" and node.input[0] in weights:
+            alias[node.output[0]] = node.input[0]
+            continue
+        for i, value in enumerate(node.input):
+            node.input[i] = alias.get(value, value)
+        nodes.append(node)
     return Graph(
         inputs=list(model.graph.input),
         outputs=list(model.graph.output),
-        nodes=list(model.graph.node),
-        weights=dict(_loaders(model.graph.initializer)),
+        nodes=nodes,
+        weights=weights,
         opsets={entry.domain: entry.version for entry in model.opset_import},
     )
 

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.metadata
+import json
 import os
 import shutil
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 from export.calibrate import calibration_texts, collect
 from export.card import model_card
 from export.encoder import build_encoder
-from export.errors import ExportError
+from export.errors import ExportError, first_line
 from export.families import find_family, weight_finder
 from export.graph import Graph
 from export.quantize import find_linears, quantize_static
@@ -34,6 +35,9 @@ from runtime.tokenizer import Tokenizer
 
 VARIANTS = ("fp32", "int8")
 TOOLS = ("bge-onnx", "torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers", "numpy")
+
+CALIBRATION_TOKENS = 512
+"""Most tokens read of a calibration text."""
 
 Progress = Callable[[str, float], None]
 """Told what is being done, and the share of the whole export that is behind it."""
@@ -76,8 +80,11 @@ def export_model(
         ExportError: The model, its weights or the output folder won't do; nothing is left behind.
         ParityError: A variant isn't close enough to the original; nothing is left behind.
     """
-    if unknown := set(variants) - set(VARIANTS):
-        raise ExportError(f"variant {min(unknown)!r} is unknown; it is any of {', '.join(VARIANTS)}")
+    variants = list(dict.fromkeys(variants))
+    if unknown := [name for name in variants if name not in VARIANTS]:
+        raise ExportError(f"variant {unknown[0]!r} is unknown; it is any of {', '.join(VARIANTS)}")
+    if not variants:
+        raise ExportError(f"no variant to export; name any of {', '.join(VARIANTS)}")
     progress("finding the checkpoint", 0.0)
     checkpoint = resolve_source(model, revision=revision, pooling=pooling, allow_pickle=allow_pickle)
     if checkpoint.spec.kind != "embedder":
@@ -118,7 +125,10 @@ def build_graph(checkpoint: Checkpoint) -> Graph:
     config = checkpoint.config
     architecture = config.get("model_type", "")
     family = find_family(architecture)
-    encoder = family.config(config) if family else None
+    try:
+        encoder = family.config(config) if family else None
+    except KeyError as missing:
+        raise ExportError(f"{checkpoint.id}: config.json has no {missing}; download the checkpoint again") from None
     if family is None or encoder is None:
         return trace(checkpoint.folder, architecture, "feature-extraction")
     return build_encoder(encoder, weight_finder(family, checkpoint.weights()))
@@ -128,7 +138,7 @@ def quantize(
     graph: Graph, checkpoint: Checkpoint, stage: Path, texts: Sequence[str], progress: Callable[[float], None]
 ) -> Graph:
     """The int8 graph, calibrated on texts."""
-    max_length = checkpoint.spec.max_length or 512
+    max_length = min(CALIBRATION_TOKENS, checkpoint.spec.max_length or CALIBRATION_TOKENS)
     token_ids = Tokenizer(stage / TOKENIZER, max_length).encode(texts)
     inputs = dict.fromkeys(linear.input for linear in find_linears(graph))
     return quantize_static(graph, collect(graph, list(inputs), token_ids), progress)
@@ -147,9 +157,14 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
         backend = tokenizer.backend_tokenizer
     except Exception as error:  # transformers raises all sorts
         raise ExportError(
-            f"{checkpoint.id}: no fast tokenizer can be made of its files ({str(error).splitlines()[0][:200]}); "
-            "add its tokenizer.json"
+            f"{checkpoint.id}: no fast tokenizer can be made of its files ({first_line(error)}); add its tokenizer.json"
         ) from None
+    rows, ids = checkpoint.config.get("vocab_size"), backend.get_vocab(with_added_tokens=True).values()
+    if rows and max(ids, default=0) >= rows:
+        raise ExportError(
+            f"{checkpoint.id}: its tokenizer has ids up to {max(ids)} where the model has {rows} words; they don't "
+            "belong together, download the checkpoint again"
+        )
     backend.no_padding()
     backend.no_truncation()
     path.write_text(backend.to_str(), "utf-8")
@@ -211,7 +226,7 @@ def staging_folder(out: Path, force: bool) -> Iterator[Path]:
     """
     if out.exists() and not force:
         raise ExportError(f"{out}: exists already; pass --force to replace it, or --out for another folder")
-    if out.exists() and not (out.is_dir() and ((out / MANIFEST).exists() or not any(out.iterdir()))):
+    if out.exists() and not _replaceable(out):
         raise ExportError(f"{out}: not an artifact, so --force won't replace it; choose another --out")
     stage = None
     try:
@@ -228,11 +243,21 @@ def staging_folder(out: Path, force: bool) -> Iterator[Path]:
             raise
         raise ExportError(
             f"{error.filename or out}: {(error.strerror or str(error)).lower()}; nothing was written, free some space "
-            "or choose another --out"
+            "or choose another --out or TMPDIR"
         ) from error
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def _replaceable(out: Path) -> bool:
+    """Whether a folder is empty or an artifact, of whatever format."""
+    if not out.is_dir() or not any(out.iterdir()):
+        return out.is_dir()
+    try:
+        return "format_version" in json.loads((out / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def _exchange(a: Path, b: Path) -> None:

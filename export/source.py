@@ -1,9 +1,10 @@
-"""Where checkpoints come from: a local folder, an installed package or the Hugging Face hub, with weights read lazily."""
+"""Where checkpoints come from: a local folder, an installed package or the hub, with weights read lazily."""
 
 import functools
 import hashlib
 import importlib.util
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import safetensors
 
 from export.catalog import ModelSpec, describe_checkpoint, find_model, read_json, suggest
-from export.errors import ExportError
+from export.errors import ExportError, first_line
 from export.graph import Loader
 from runtime.manifest import Pooling, Source
 
@@ -142,19 +143,14 @@ def _package_folder(spec: ModelSpec) -> Path | None:
 
 
 def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
-    """The hub's snapshot folder in its cache; a pinned commit that is cached is not asked for again."""
+    """The hub's snapshot folder in its cache; one request asks if it is whole, unless ``HF_HUB_OFFLINE`` is set."""
     from huggingface_hub import errors, snapshot_download  # reads HF_* variables at import
 
-    patterns = [*METADATA, *SAFETENSORS, *(PICKLE if allow_pickle else ())]
     try:
-        if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
-            try:
-                cached = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
-                if any(cached.glob("*.safetensors")) and (cached / "config.json").exists():
-                    return cached
-            except errors.LocalEntryNotFoundError:
-                pass
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*METADATA, *SAFETENSORS]))
+        if allow_pickle and not any(folder.glob("*.safetensors")):
+            snapshot_download(hub_id, revision=folder.name, allow_patterns=list(PICKLE))
+        return folder
     except errors.RevisionNotFoundError:
         raise ExportError(f"{hub_id}: the hub has no revision {revision!r}; see its page's history for one") from None
     except errors.GatedRepoError:
@@ -177,7 +173,12 @@ def _open(path: Path) -> Mapping[str, Loader]:
     if path.suffix == ".bin":
         import torch
 
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except Exception as error:  # torch and pickle raise all sorts on a spoilt or malicious file
+            raise ExportError(
+                f"{path}: not a plain checkpoint of tensors ({first_line(error)}); convert it to safetensors"
+            ) from None
         return {name: functools.partial(_numpy, tensor) for name, tensor in state.items()}
     try:
         stream = safetensors.safe_open(path, framework="numpy")

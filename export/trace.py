@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from export.errors import ExportError
+from export.errors import ExportError, first_line
 from export.graph import Graph, load_graph
 
 
@@ -27,19 +27,19 @@ def trace(folder: Path, architecture: str | None, task: str) -> Graph:
     """
     with tempfile.TemporaryDirectory(prefix="bge-onnx-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from optimum.exporters.onnx import main_export  # torch and optimum are slow to import
+        import transformers  # torch and optimum are slow to import
+        from optimum.exporters.onnx import main_export
 
         logging.getLogger("optimum").setLevel(logging.ERROR)
-
+        transformers.logging.set_verbosity_error()
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 main_export(
                     str(folder), scratch, task=task, device="cpu", do_validation=False, library_name="transformers"
                 )
         except Exception as error:  # whatever a model's own code raises
-            cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ExportError(
-                f"{folder}: no family builds {architecture!r} and optimum can't trace it ({cause[:200]}); see "
+                f"{folder}: no family builds {architecture!r} and optimum can't trace it ({first_line(error)}); see "
                 "docs/families.md for adding a family"
             ) from error
         graph = load_graph(Path(scratch) / "model.onnx")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.errors import ParityError
+from export.errors import ExportError, ParityError, first_line, first_line
 from export.source import Checkpoint
 from runtime import Embedder
 from runtime.manifest import Parity
@@ -31,10 +31,16 @@ def reference_vectors(checkpoint: Checkpoint, texts: list[str]) -> Floats:
     spec, folder = checkpoint.spec, str(checkpoint.folder)
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=not checkpoint.allow_pickle or None
-        ).eval()
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            model = transformers.AutoModel.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=not checkpoint.allow_pickle or None
+            ).eval()
+        except Exception as error:  # transformers raises all sorts
+            raise ExportError(
+                f"{checkpoint.id}: transformers can't load it ({first_line(error)}), so nothing can be verified; "
+                "mend the checkpoint"
+            ) from error
         accepted = inspect.signature(model.forward).parameters
         vectors = []
         for text in texts:

@@ -1,6 +1,8 @@
 """The embedder: texts in, vectors out."""
 
 import itertools
+import operator
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -51,8 +53,8 @@ class Embedder:
         self.manifest = load_manifest(folder)
         if self.manifest.kind != "embedder" or self.manifest.pooling is None:
             raise ArtifactError(f"{folder}: holds a {self.manifest.kind}, not an embedder; open it with Reranker")
-        if threads is not None and threads < 1:
-            raise InputError(f"threads is {threads}; it must be at least 1, or None for all usable CPUs")
+        if threads is not None:
+            threads = check_count("threads", threads, 1024)
         chosen = choose_device(device)
         self.variant = self._choose_variant(folder, variant, chosen)
         self.dim = self.manifest.dim
@@ -62,6 +64,8 @@ class Embedder:
         graph = verify_file(folder, self.manifest, self.manifest.variants[self.variant].file)
         self._session = create_session(graph, chosen, threads or usable_cpus())
         self._inputs = [entry.name for entry in self._session.get_inputs()]
+        if (width := self._session.get_outputs()[0].shape[-1]) != self.dim and isinstance(width, int):
+            raise ArtifactError(f"{graph}: gives vectors of {width} dimensions, not {self.dim}; export the model again")
 
     def _choose_variant(self, folder: Path, variant: str, device: str) -> str:
         fitting = [name for name, v in self.manifest.variants.items() if PROVIDERS[device] in v.providers]
@@ -71,9 +75,10 @@ class Embedder:
                     return name
         elif variant in fitting:
             return variant
+        wanted = PREFERENCE[device][-1] if variant == "auto" else variant
         raise ArtifactError(
             f"{folder}: no variant {variant!r} for {device}, only {', '.join(self.manifest.variants)}; "
-            f"export it with --variants {variant}"
+            f"export it with --variants {wanted}"
         )
 
     def encode(self, texts: str | Sequence[str], *, truncate_dim: int | None = None, truncate: bool = True) -> Floats:
@@ -137,11 +142,12 @@ class Embedder:
         """
         if isinstance(texts, str):
             raise InputError("encode_iter takes an iterable of texts, not one str; pass [text] or use encode")
-        if chunk_size < 1:
-            raise InputError(f"chunk_size is {chunk_size}; it must be at least 1")
-        stream = iter(texts)
+        chunk_size = check_count("chunk_size", chunk_size, sys.maxsize)
+        stream = check_iterable(texts)
+        done = 0
         while chunk := list(itertools.islice(stream, chunk_size)):
-            yield from self.encode(chunk, truncate_dim=truncate_dim, truncate=truncate)
+            yield from self._encode(chunk, "", truncate_dim, truncate, first=done)
+            done += len(chunk)
 
     def count_tokens(self, texts: str | Sequence[str]) -> int | list[int]:
         """Tokens of a text (int) or of each of several (list), special tokens included, before any truncation.
@@ -152,13 +158,17 @@ class Embedder:
         counts = self._tokenizer.count(check_texts(texts))
         return counts[0] if isinstance(texts, str) else counts
 
-    def _encode(self, texts: str | Sequence[str], prompt: str, truncate_dim: int | None, truncate: bool) -> Floats:
-        if truncate_dim is not None and not 1 <= truncate_dim <= self.dim:
-            raise InputError(f"truncate_dim is {truncate_dim}; the model has dimensions 1 to {self.dim}")
-        checked = check_texts(texts)
-        ids = self._tokenizer.encode([prompt + text for text in checked] if prompt else checked, truncate)
-        vectors = np.empty((len(ids), truncate_dim or self.dim), np.float32)
+    def _encode(
+        self, texts: str | Sequence[str], prompt: str, truncate_dim: int | None, truncate: bool, first: int = 0
+    ) -> Floats:
+        if truncate_dim is not None:
+            truncate_dim = check_count("truncate_dim", truncate_dim, self.dim)
+        checked = check_texts(texts, first)
+        ids = self._tokenizer.encode([prompt + text for text in checked] if prompt else checked, truncate, first)
+        vectors = np.zeros((len(ids), truncate_dim or self.dim), np.float32)
         for batch in plan_batches([len(row) for row in ids], MAX_TOKENS_PER_RUN):
+            if not ids[batch[0]]:  # an empty text, of a tokenizer without special tokens
+                continue
             pooled = pool(self._run(np.array([ids[i] for i in batch], np.int64)), self._pooling)[:, :truncate_dim]
             vectors[batch] = normalize(pooled) if self.manifest.normalize else pooled
         return vectors[0] if isinstance(texts, str) else vectors
@@ -173,18 +183,49 @@ class Embedder:
 _FILL = {"attention_mask": np.ones_like, "token_type_ids": np.zeros_like}
 
 
-def check_texts(texts: str | Sequence[str]) -> Sequence[str]:
+def check_texts(texts: str | Sequence[str], first: int = 0) -> Sequence[str]:
     """The texts as a list of str.
+
+    Args:
+        texts: One text or several.
+        first: The first one's number in error messages.
 
     Raises:
         InputError: Not a str or a list of str; names the first that isn't.
     """
     if isinstance(texts, str):
         return [texts]
-    if not isinstance(texts, Iterable) or isinstance(texts, bytes):
-        raise InputError(f"texts is {type(texts).__name__}; pass a str or a list of str")
-    texts = list(texts)
-    for i, text in enumerate(texts):
+    checked = list(check_iterable(texts))
+    for i, text in enumerate(checked, first):
         if not isinstance(text, str):
             raise InputError(f"text {i} is {type(text).__name__}, not str; convert or drop it")
-    return texts
+    return checked
+
+
+def check_iterable(texts: Iterable[str]) -> Iterator[str]:
+    """An iterator over texts.
+
+    Raises:
+        InputError: Not an iterable, or bytes.
+    """
+    try:
+        if isinstance(texts, bytes):
+            raise TypeError
+        return iter(texts)
+    except TypeError:
+        raise InputError(f"texts is {type(texts).__name__}; pass a str or a list of str") from None
+
+
+def check_count(name: str, value: int, most: int) -> int:
+    """A whole number from 1 to ``most``.
+
+    Raises:
+        InputError: It isn't one.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if not 1 <= count <= most:
+        raise InputError(f"{name} is {value!r}; it must be a whole number from 1 to {most}")
+    return count

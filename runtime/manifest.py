@@ -99,7 +99,7 @@ def load_manifest(folder: Path) -> Manifest:
         raise ArtifactError(
             f"{path}: no such file; export the model first (python -m export --model NAME --out {folder})"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: can't be read ({error}); export the model again") from None
     if not isinstance(data, dict) or not isinstance(version := data.get("format_version"), int):
         raise ArtifactError(f"{path}: not a bge-onnx manifest; export the model again")
@@ -107,11 +107,13 @@ def load_manifest(folder: Path) -> Manifest:
         raise ArtifactError(
             f"{path}: format {version} is newer than the {FORMAT_VERSION} this runtime reads; upgrade bge-onnx"
         )
+    if version < 1:
+        raise ArtifactError(f"{path}: format {version} never was; export the model again")
     try:
         manifest: Manifest = _parse(Manifest, data, "")
         _check(manifest)
     except ArtifactError as error:
-        raise ArtifactError(f"{path}: {error}; export the model again") from None
+        raise ArtifactError(f"{path}: {' '.join(str(error).split())}; export the model again") from None
     return manifest
 
 
@@ -119,7 +121,7 @@ def _check(manifest: Manifest) -> None:
     """Refuse what the types allow but no export writes, above all a path that leaves the folder."""
     names = [*manifest.files, *(variant.file for variant in manifest.variants.values())]
     for name in names:
-        if name in ("", ".", "..") or "/" in name or "\\" in name or ":" in name:
+        if name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\:"):
             raise ArtifactError(f"{name!r} is not a plain file name")
         if name not in manifest.files:
             raise ArtifactError(f"{name} has no checksum")
@@ -183,7 +185,12 @@ def _parse(kind: Any, value: Any, where: str) -> Any:  # noqa: ANN401
         return {key: _parse(arguments[1], entry, f"{where}{key}.") for key, entry in value.items()}
     if kind is float:
         _expect(type(value) in (int, float), where, "a number", value)
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ArtifactError(
+                f"{where.rstrip('.')} should be a number, not one of {len(str(value))} digits"
+            ) from None
     _expect(type(value) is kind, where, kind.__name__, value)
     return value
 

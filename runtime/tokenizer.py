@@ -38,7 +38,7 @@ class Tokenizer:
         if self._room < 1:
             raise ArtifactError(f"{path}: max_length {max_length} leaves no room beside the special tokens")
 
-    def encode(self, texts: Sequence[str], truncate: bool = True) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], truncate: bool = True, first: int = 0) -> list[list[int]]:
         """Token ids of each text, special tokens included, at most ``max_length`` each.
 
         Texts that are cut are counted in one log warning per call.
@@ -46,16 +46,17 @@ class Tokenizer:
         Args:
             texts: Texts.
             truncate: False raises on a text that is too long instead of cutting it.
+            first: The first text's number in error messages.
 
         Raises:
             InputError: A text is too long and ``truncate`` is False, or isn't valid Unicode.
         """
-        bodies = self._bodies(texts)
+        bodies = self._bodies(texts, first)
         too_long = [i for i, body in enumerate(bodies) if len(body) > self._room]
         if too_long and not truncate:
             tokens = len(bodies[too_long[0]]) + self.max_length - self._room
             raise InputError(
-                f"text {too_long[0]} has {tokens} tokens where the model takes {self.max_length}; "
+                f"text {first + too_long[0]} has {tokens} tokens where the model takes {self.max_length}; "
                 "split it, or pass truncate=True to keep its beginning"
             )
         if too_long:
@@ -66,13 +67,13 @@ class Tokenizer:
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text before any truncation, special tokens included."""
-        return [len(body) + self.max_length - self._room for body in self._bodies(texts)]
+        return [len(body) + self.max_length - self._room for body in self._bodies(texts, 0)]
 
-    def _bodies(self, texts: Sequence[str]) -> list[list[int]]:
+    def _bodies(self, texts: Sequence[str], first: int) -> list[list[int]]:
         try:
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, ValueError):
-            for i, text in enumerate(texts):
+            for i, text in enumerate(texts, first):
                 try:
                     text.encode("utf-8")
                 except UnicodeEncodeError as error:

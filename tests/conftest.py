@@ -33,7 +33,9 @@ def train_wordpiece(folder: Path, vocab_size: int = 1000) -> None:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, limit_alphabet=vocab_size // 2, special_tokens=special, show_progress=False
+    )
     tokenizer.train_from_iterator(WORDS.read_text("utf-8").splitlines(), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",

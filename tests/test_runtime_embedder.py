@@ -229,9 +229,9 @@ def test_truncate_dim_keeps_the_leading_dimensions_and_normalizes_again(tiny, di
     np.testing.assert_array_equal(tiny.encode_queries(TEXTS[0], truncate_dim=dim), cut[0])
 
 
-@pytest.mark.parametrize("dim", [0, -1, 33])
+@pytest.mark.parametrize("dim", [0, -1, 33, 1.5, "8"])
 def test_a_bad_truncate_dim_is_refused(tiny, dim):
-    with pytest.raises(InputError, match=f"truncate_dim is {dim}; the model has dimensions 1 to 32"):
+    with pytest.raises(InputError, match=f"truncate_dim is {dim!r}; it must be a whole number from 1 to 32"):
         tiny.encode("a", truncate_dim=dim)
 
 

@@ -91,7 +91,9 @@ def renamed(name):
     return data
 
 
-names = st.text(min_size=1).filter(lambda name: name not in (".", "..") and not set(name) & set('/\\:\0"'))
+names = st.text(min_size=1).filter(
+    lambda name: name.isprintable() and name not in (".", "..") and not set(name) & set("/\\:")
+)
 
 
 @st.composite

@@ -16,7 +16,10 @@ def config(hf: Mapping[str, Any]) -> EncoderConfig | None:
         layers=hf["num_hidden_layers"],
         hidden=hf["hidden_size"],
         heads=hf["num_attention_heads"],
+        intermediate=hf["intermediate_size"],
+        vocab=hf["vocab_size"],
         positions=hf["max_position_embeddings"],
+        token_types=hf.get("type_vocab_size", 2),
         activation=activation,
         norm_eps=hf.get("layer_norm_eps", 1e-12),
     )
