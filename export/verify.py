@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.errors import ExportError, ParityError, first_line, first_line
+from export.errors import ExportError, ParityError, first_line
 from export.source import Checkpoint
 from runtime import Embedder
 from runtime.manifest import Parity
