@@ -13,7 +13,7 @@ try:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
-    from export.card import usage
+    from export.card import figures, summary, usage
     from export.catalog import POOLINGS, load_catalog
     from runtime.errors import BgeOnnxError
 except ImportError as missing:
@@ -93,19 +93,16 @@ def _export(options: argparse.Namespace) -> None:
         )
     manifest = artifact.manifest
     table = Table(box=None, pad_edge=False)
-    for column in ("variant", "size", "cosine mean", "min", "path"):
+    parities = {name: figures(variant.parity) for name, variant in manifest.variants.items() if variant.parity}
+    for column in ("variant", "size", *next(iter(parities.values())), "path"):
         table.add_column(column, overflow="fold")
     path = _short(artifact.path)
     for name, variant in manifest.variants.items():
-        assert variant.parity
-        size = f"{manifest.files[variant.file].size / 1e6:.1f} MB"
-        parity = variant.parity
-        table.add_row(name, size, f"{parity.cosine_mean:.6f}", f"{parity.cosine_min:.6f}", f"{path}/{variant.file}")
-    console.print(
-        f"{manifest.name}: {manifest.dim} dimensions, {manifest.max_length} tokens, {manifest.pooling} pooling"
-    )
+        size = f"{manifest.files[variant.data or variant.file].size / 1e6:.1f} MB"
+        table.add_row(name, size, *parities[name].values(), f"{path}/{variant.file}")
+    console.print(f"{manifest.name}: {summary(manifest)}")
     console.print(table)
-    console.print(f"\n{usage(str(path))}", markup=False)
+    console.print(f"\n{usage(manifest, str(path))}", markup=False)
 
 
 def _console() -> Console:

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from export.errors import ExportError, first_line
 from export.graph import Graph
-from runtime.session import usable_cpus
+from runtime.session import make_feeds, usable_cpus
 
 ROWS = 1024
 """About how many tokens are kept of each linear's input, beside the extreme ones."""
@@ -46,21 +46,41 @@ def calibration_texts(path: Path | None = None) -> list[str]:
     return texts
 
 
-def collect(graph: Graph, values: Sequence[str], token_ids: Sequence[Sequence[int]]) -> dict[str, Sample]:
+def calibration_pairs(texts: Sequence[str]) -> list[tuple[str, str]]:
+    """Queries and passages for a reranker: a line with a tab is a pair, any other is made into one.
+
+    A line's first third is a query that its rest answers, for half of them; the others go with the line that follows.
+    """
+    pairs = []
+    for i, text in enumerate(texts):
+        words = text.split(" ")
+        if "\t" in text:
+            query, _, passage = text.partition("\t")
+        elif i % 2 and len(words) > 5:
+            query, passage = " ".join(words[: len(words) // 3]), " ".join(words[len(words) // 3 :])
+        else:
+            query, passage = text, texts[(i + 1) % len(texts)]
+        pairs.append((query, passage))
+    return pairs
+
+
+def collect(
+    graph: Graph, values: Sequence[str], texts: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> dict[str, Sample]:
     """Run the graph on each text and keep what the named values held. Deterministic.
 
     Args:
         graph: An fp32 graph.
         values: Names of float values of shape ``(…, channels)``.
-        token_ids: Token ids of the calibration texts.
+        texts: Token ids and token types of the calibration texts.
     """
-    share = min(1.0, ROWS / sum(map(len, token_ids)))
+    share = min(1.0, ROWS / sum(len(ids) for ids, _ in texts))
     generator = np.random.default_rng(0)
-    drawn = [generator.random(len(ids)) < share for ids in token_ids]
+    drawn = [generator.random(len(ids)) < share for ids, _ in texts]
     with tempfile.TemporaryDirectory(prefix="bge-onnx-") as scratch:
         session = _session(graph, values, Path(scratch) / "calibrate.onnx")
         with concurrent.futures.ThreadPoolExecutor(usable_cpus()) as pool:
-            observed = list(pool.map(functools.partial(_observe, session, values), token_ids, drawn))
+            observed = list(pool.map(functools.partial(_observe, session, values), texts, drawn))
     merged = {}
     for i, value in enumerate(values):
         absmax = np.max([samples[i].absmax for samples in observed], axis=0)
@@ -69,24 +89,25 @@ def collect(graph: Graph, values: Sequence[str], token_ids: Sequence[Sequence[in
 
 
 def _observe(
-    session: onnxruntime.InferenceSession, values: Sequence[str], ids: Sequence[int], drawn: np.ndarray
+    session: onnxruntime.InferenceSession,
+    values: Sequence[str],
+    text: tuple[Sequence[int], Sequence[int]],
+    drawn: np.ndarray,
 ) -> list[Sample]:
     """What the values held on one text: of its tokens, the drawn ones and the most extreme one."""
-    feeds = {"input_ids": np.array([ids], np.int64)}
-    fill = {"attention_mask": np.ones_like, "token_type_ids": np.zeros_like}
-    feeds |= {entry.name: fill[entry.name](feeds["input_ids"]) for entry in session.get_inputs() if entry.name in fill}
+    ids, types = (np.array([part], np.int64) for part in text)
     try:
-        held = session.run(list(values), feeds)
+        held = session.run(list(values), make_feeds(session, ids, types))
     except Exception as error:  # onnxruntime's errors share no public base
         raise ExportError(
-            f"the graph fails on a calibration text of {len(ids)} tokens ({first_line(error)}); "
+            f"the graph fails on a calibration text of {ids.size} tokens ({first_line(error)}); "
             "is the checkpoint whole, and its max length right?"
         ) from error
     samples = []
     for rows in (value.reshape(-1, value.shape[-1]) for value in held):
         magnitude = np.abs(rows)
         extreme = np.arange(len(rows)) == magnitude.max(axis=1).argmax()
-        samples.append(Sample(magnitude.max(axis=0), rows[drawn | extreme]))
+        samples.append(Sample(magnitude.max(axis=0), rows[drawn[: len(rows)] | extreme]))
     return samples
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 import yaml
 
 from export.errors import ExportError
-from runtime.manifest import Kind, Pooling
+from runtime.manifest import Kind, Output, Pooling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,7 @@ class ModelSpec:
         max_length: Tokens, special ones included.
         prompts: Text before a ``query`` or a ``passage``.
         package: An importable package that carries the weights.
+        outputs: What its graph gives, which the checkpoint says.
     """
 
     name: str
@@ -41,6 +42,11 @@ class ModelSpec:
     max_length: int | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     package: str | None = None
+    outputs: tuple[Output, ...] = ("last_hidden_state",)
+
+
+M3_HEADS = ("sparse_linear", "colbert_linear")
+"""Files of BGE-M3 (with ``.pt``), which give it sparse and multi-vector outputs beside the dense one."""
 
 
 @functools.cache
@@ -88,9 +94,10 @@ def describe_checkpoint(spec: ModelSpec, folder: Path, pooling: Pooling | None) 
         name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()
     )
     kind: Kind = "reranker" if is_reranker or spec.kind == "reranker" else "embedder"
-    declared = _declared_pooling(folder, modules) if kind == "embedder" else None
-    chosen = pooling or declared or spec.pooling
-    if kind == "embedder" and chosen is None:
+    outputs = _outputs(folder, kind, modules)
+    pools = "last_hidden_state" in outputs
+    chosen = (pooling or _declared_pooling(folder, modules) or spec.pooling) if pools else None
+    if pools and chosen is None:
         raise ExportError(
             f"{folder}: nothing says how this embedder pools (no 1_Pooling/config.json, no row in models.yaml), and a "
             "guess would be silently wrong; pass --pooling cls, mean, last_token or max, as its model card says"
@@ -104,9 +111,10 @@ def describe_checkpoint(spec: ModelSpec, folder: Path, pooling: Pooling | None) 
         spec,
         kind=kind,
         architecture=config.get("model_type"),
-        pooling=chosen if kind == "embedder" else None,
-        normalize="Normalize" in modules if modules else spec.normalize,
-        dim=config.get("hidden_size") or config.get("dim"),
+        pooling=chosen,
+        normalize=pools and ("Normalize" in modules if modules else spec.normalize),
+        dim=_dim(config, outputs),
+        outputs=outputs,
         max_length=_max_length(spec, folder, config),
         prompts=prompts or spec.prompts,
     )
@@ -116,12 +124,40 @@ def _modules(folder: Path) -> dict[str, str]:
     """Class name → folder of sentence-transformers' modules, refusing those that would change the vectors."""
     listed = read_json(folder / "modules.json", [])
     modules = {entry["type"].rpartition(".")[2]: entry["path"] for entry in listed}
-    if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
+    if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize", "MLMTransformer", "SpladePooling"}:
         raise ExportError(
             f"{folder / 'modules.json'}: the module {min(unknown)} can't be exported yet, only Transformer, Pooling "
             "and Normalize; without it the vectors would be wrong"
         )
     return modules
+
+
+def _outputs(folder: Path, kind: Kind, modules: dict[str, str]) -> tuple[Output, ...]:
+    """What the graph of a checkpoint gives.
+
+    Raises:
+        ExportError: It pools as no SPLADE of ours does.
+    """
+    if kind == "reranker":
+        return ("logits",)
+    if "SpladePooling" in modules:
+        path = folder / modules["SpladePooling"] / "config.json"
+        settings = read_json(path, {})
+        if (settings.get("pooling_strategy", "max"), settings.get("activation_function", "relu")) != ("max", "relu"):
+            raise ExportError(f"{path}: only max pooling of relu activations can be exported; see docs/families.md")
+        return ("vocabulary_weights",)
+    if all((folder / f"{head}.pt").exists() for head in M3_HEADS):
+        return ("last_hidden_state", "token_weights", "token_vectors")
+    return ("last_hidden_state",)
+
+
+def _dim(config: dict[str, Any], outputs: tuple[Output, ...]) -> int | None:
+    match outputs[0]:
+        case "logits":
+            return 1
+        case "vocabulary_weights":
+            return config.get("vocab_size")
+    return config.get("hidden_size") or config.get("dim")
 
 
 def _declared_pooling(folder: Path, modules: dict[str, str]) -> Pooling | None:

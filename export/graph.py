@@ -1,10 +1,11 @@
 """An ONNX graph under construction: nodes as protobufs, weights as loaders that are read one at a time."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -13,6 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 MICROSOFT = "com.microsoft"
 OPSETS = {"": 17, MICROSOFT: 1}
 """Opset 17 is the first with LayerNormalization; nothing newer is needed, so older ONNX Runtimes load the graph too."""
+
+PROTOBUF_LIMIT = 2_000_000_000
+"""Bytes of weights that go into one file; a protobuf message can't hold 2 GiB."""
+PAGE = 4096
 
 Loader = Callable[[], np.ndarray]
 
@@ -46,20 +51,31 @@ class Graph:
         self.weights[name] = value if callable(value) else lambda: value
         return name
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path) -> Path | None:
         """Write the graph, holding one weight at a time.
 
         A protobuf message may be written in pieces that a reader merges (protobuf encoding, "Last One Wins"), so the
-        weights are appended as models that hold nothing but one initializer.
+        weights are appended as models that hold nothing but one initializer. Past protobuf's limit of 2 GB they go to a
+        file of their own (ONNX external data), which a session maps into memory.
+
+        Returns:
+            The file of the weights, if there is one.
         """
+        data = path.with_name(f"{path.name}.data")
+        large = sum(load().nbytes for load in self.weights.values()) > PROTOBUF_LIMIT
         graph = helper.make_graph(self.nodes, "encoder", self.inputs, self.outputs)
         opsets = [helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=9, producer_name="bge-onnx")
-        with path.open("wb") as stream:
+        with path.open("wb") as stream, data.open("wb") if large else contextlib.nullcontext() as apart:
             stream.write(model.SerializeToString())
             for name, load in self.weights.items():
-                tensor = numpy_helper.from_array(np.ascontiguousarray(load()), name)
+                array = np.asarray(load(), order="C")
+                if apart and array.nbytes > PAGE:
+                    tensor = _write_apart(apart, name, array)
+                else:
+                    tensor = numpy_helper.from_array(array, name)
                 stream.write(onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor])).SerializeToString())
+        return data if large else None
 
     def consumers(self) -> dict[str, list[onnx.NodeProto]]:
         """The nodes that read each value."""
@@ -68,6 +84,17 @@ class Graph:
             for value in node.input:
                 readers.setdefault(value, []).append(node)
         return readers
+
+
+def _write_apart(stream: BinaryIO, name: str, array: np.ndarray) -> onnx.TensorProto:
+    """Append an array at a page's start, and return an initializer that says where it lies."""
+    stream.seek(-(-stream.tell() // PAGE) * PAGE)
+    tensor = onnx.TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
+    tensor.data_location = TensorProto.EXTERNAL
+    places = {"location": Path(stream.name).name, "offset": stream.tell(), "length": array.nbytes}
+    tensor.external_data.extend(onnx.StringStringEntryProto(key=key, value=str(v)) for key, v in places.items())
+    array.tofile(stream)
+    return tensor
 
 
 def load_graph(path: Path) -> Graph:

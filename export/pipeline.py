@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from export.calibrate import calibration_texts, collect
+from export.calibrate import calibration_pairs, calibration_texts, collect
 from export.card import model_card
 from export.encoder import build_encoder
 from export.errors import ExportError, first_line
@@ -21,7 +21,7 @@ from export.graph import Graph
 from export.quantize import find_linears, quantize_static
 from export.source import Checkpoint, resolve_source
 from export.trace import trace
-from export.verify import reference_vectors, verification_texts, verify_variant
+from export.verify import reference_answers, verification_texts, verify_variant
 from runtime.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -87,8 +87,6 @@ def export_model(
         raise ExportError(f"no variant to export; name any of {', '.join(VARIANTS)}")
     progress("finding the checkpoint", 0.0)
     checkpoint = resolve_source(model, revision=revision, pooling=pooling, allow_pickle=allow_pickle)
-    if checkpoint.spec.kind != "embedder":
-        raise ExportError(f"{checkpoint.id}: a {checkpoint.spec.kind}; only embedders can be exported yet")
     out = (out or Path("artifacts") / checkpoint.spec.name).absolute()
     texts = calibration_texts(calibration) if "int8" in variants else []
     with staging_folder(out, force) as stage:
@@ -107,7 +105,7 @@ def export_model(
         progress("asking transformers", 0.6)
         manifest = write_manifest(checkpoint, stage, described)
         questions = verification_texts()
-        reference = reference_vectors(checkpoint, questions)
+        reference = reference_answers(checkpoint, questions)
         parities = {}
         for i, variant in enumerate(variants):
             progress(f"verifying {variant}", 0.85 + 0.1 * i / len(variants))
@@ -129,9 +127,10 @@ def build_graph(checkpoint: Checkpoint) -> Graph:
         encoder = family.config(config) if family else None
     except KeyError as missing:
         raise ExportError(f"{checkpoint.id}: config.json has no {missing}; download the checkpoint again") from None
+    outputs = checkpoint.spec.outputs
     if family is None or encoder is None:
-        return trace(checkpoint.folder, architecture, "feature-extraction")
-    return build_encoder(encoder, weight_finder(family, checkpoint.weights()))
+        return trace(checkpoint.folder, architecture, outputs)
+    return build_encoder(encoder, weight_finder(family, checkpoint.weights()), outputs)
 
 
 def quantize(
@@ -139,9 +138,13 @@ def quantize(
 ) -> Graph:
     """The int8 graph, calibrated on texts."""
     max_length = min(CALIBRATION_TOKENS, checkpoint.spec.max_length or CALIBRATION_TOKENS)
-    token_ids = Tokenizer(stage / TOKENIZER, max_length).encode(texts)
+    tokenizer = Tokenizer(stage / TOKENIZER, max_length)
+    if checkpoint.spec.kind == "reranker":
+        encoded = tokenizer.encode_pairs(calibration_pairs(texts))
+    else:
+        encoded = [(ids, [0] * len(ids)) for ids in tokenizer.encode(texts)]
     inputs = dict.fromkeys(linear.input for linear in find_linears(graph))
-    return quantize_static(graph, collect(graph, list(inputs), token_ids), progress)
+    return quantize_static(graph, collect(graph, list(inputs), encoded), progress)
 
 
 def write_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
@@ -172,10 +175,11 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
 
 def write_variant(name: str, graph: Graph, stage: Path, calibration: int) -> Variant:
     """Save a graph and describe it; its parity is still unknown."""
-    graph.save(stage / f"model.{name}.onnx")
+    data = graph.save(stage / f"model.{name}.onnx")
     int8 = name == "int8"
     return Variant(
         file=f"model.{name}.onnx",
+        data=data.name if data else None,
         opset=graph.opsets[""],
         providers=("CPUExecutionProvider",) if int8 else ("CPUExecutionProvider", "CUDAExecutionProvider"),
         cpu_safety="any: 7-bit weights can't saturate on x86 without VNNI" if int8 else "any",
@@ -198,6 +202,8 @@ def write_manifest(checkpoint: Checkpoint, stage: Path, variants: dict[str, Vari
         source=checkpoint.provenance(),
         dim=spec.dim or 0,
         max_length=spec.max_length,
+        outputs=spec.outputs,
+        skipped_ids=skipped_ids(checkpoint) if "token_weights" in spec.outputs else (),
         pooling=spec.pooling,
         normalize=spec.normalize,
         prompts=spec.prompts,
@@ -207,6 +213,16 @@ def write_manifest(checkpoint: Checkpoint, stage: Path, variants: dict[str, Vari
     )
     (stage / MANIFEST).write_text(manifest.to_json(), "utf-8")
     return manifest
+
+
+def skipped_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Ids of the special tokens that BGE-M3 gives no lexical weight, as FlagEmbedding chooses them."""
+    import transformers  # slow to import
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(checkpoint.folder))
+    names = ("cls_token", "eos_token", "pad_token", "unk_token")
+    tokens = [tokenizer.special_tokens_map[name] for name in names if name in tokenizer.special_tokens_map]
+    return tuple(sorted(set(tokenizer.convert_tokens_to_ids(tokens))))
 
 
 def _tool_versions() -> dict[str, str]:

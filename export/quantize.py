@@ -30,6 +30,8 @@ BLOCK = 64
 """GPTQ's rows that are corrected one by one before the rest is, a matter of speed alone."""
 OUTPUTS = 384
 """About how many outputs are enough to choose a scheme by."""
+MIN_OUTPUTS = 16
+"""A linear with fewer outputs isn't worth quantising."""
 MIN_ROWS = 1024
 """A table with fewer rows (positions, token types) isn't worth quantising."""
 
@@ -76,16 +78,17 @@ class Scheme:
 
 
 def find_linears(graph: Graph) -> list[Linear]:
-    """All linears whose weights are constant matrices."""
+    """All linears whose weights are constant matrices, but for score heads: they cost nothing and decide everything."""
     consumers = graph.consumers()
     linears = []
     for node in graph.nodes:
         if node.op_type not in ("Gemm", "MatMul") or node.input[1] not in graph.weights:
             continue
-        if graph.weights[node.input[1]]().ndim != 2:
+        shape = graph.weights[node.input[1]]().shape
+        transposed = any(a.name == "transB" and a.i for a in node.attribute)
+        if len(shape) != 2 or shape[0 if transposed else 1] < MIN_OUTPUTS or node.name.startswith("head."):
             continue
         if node.op_type == "Gemm":
-            transposed = any(a.name == "transB" and a.i for a in node.attribute)
             linears.append(Linear((node,), node.input[1], transposed, node.input[2] if len(node.input) > 2 else None))
             continue
         after = consumers.get(node.output[0], [])

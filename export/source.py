@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  lets numpy, and so safetensors, read bfloat16
 import numpy as np
 import safetensors
 
-from export.catalog import ModelSpec, describe_checkpoint, find_model, read_json, suggest
+from export.catalog import M3_HEADS, ModelSpec, describe_checkpoint, find_model, read_json, suggest
 from export.errors import ExportError, first_line
 from export.graph import Loader
 from runtime.manifest import Pooling, Source
@@ -30,6 +30,7 @@ METADATA = (
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
     "LICENSE*",
+    "*_linear.pt",
 )
 SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 PICKLE = ("pytorch_model.bin",)
@@ -54,7 +55,11 @@ class Checkpoint:
 
     def weights(self) -> dict[str, Loader]:
         """A loader for each tensor; one that isn't called is never read."""
-        return {_modern(name): load for path in self.weight_files() for name, load in _open(path).items()}
+        weights = {_modern(name): load for path in self.weight_files() for name, load in _open(path).items()}
+        for head in M3_HEADS:
+            if (path := self.folder / f"{head}.pt").exists():
+                weights |= {f"{head}.{name}": load for name, load in _open(path).items()}
+        return weights
 
     def weight_files(self) -> list[Path]:
         """The files that hold the weights.
@@ -170,7 +175,7 @@ def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
 
 
 def _open(path: Path) -> Mapping[str, Loader]:
-    if path.suffix == ".bin":
+    if path.suffix in (".bin", ".pt"):
         import torch
 
         try:
@@ -181,10 +186,17 @@ def _open(path: Path) -> Mapping[str, Loader]:
             ) from None
         return {name: functools.partial(_numpy, tensor) for name, tensor in state.items()}
     try:
-        stream = safetensors.safe_open(path, framework="numpy")
+        with safetensors.safe_open(path, framework="numpy") as stream:
+            return {name: functools.partial(_read, path, name) for name in stream.keys()}  # noqa: SIM118  not a mapping
     except (safetensors.SafetensorError, OSError) as error:
         raise ExportError(f"{path}: not a whole safetensors file ({error}); download it again") from None
-    return {name: functools.partial(stream.get_tensor, name) for name in stream.keys()}  # noqa: SIM118  not a mapping
+
+
+def _read(path: Path, name: str) -> np.ndarray:
+    """One tensor; the file is opened anew for each, since what stays mapped would count as this process's memory."""
+    with safetensors.safe_open(path, framework="numpy") as stream:
+        tensor: np.ndarray = stream.get_tensor(name)
+        return tensor
 
 
 def _numpy(tensor: Any) -> np.ndarray:  # noqa: ANN401

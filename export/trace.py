@@ -9,22 +9,33 @@ from pathlib import Path
 
 from export.errors import ExportError, first_line
 from export.graph import Graph, load_graph
+from runtime.manifest import Output
+
+TASKS: dict[tuple[Output, ...], str] = {
+    ("last_hidden_state",): "feature-extraction",
+    ("logits",): "text-classification",
+}
+"""optimum's name for what a graph should give."""
 
 
-def trace(folder: Path, architecture: str | None, task: str) -> Graph:
+def trace(folder: Path, architecture: str | None, outputs: tuple[Output, ...]) -> Graph:
     """Trace a checkpoint with optimum.
 
     Args:
         folder: The checkpoint.
         architecture: Its ``model_type``, for the error message.
-        task: optimum's task name, such as ``feature-extraction``.
+        outputs: What it should give.
 
     Returns:
-        An fp32 graph whose first output is what the task names; its inputs are the tokenizer's, a mask included.
+        An fp32 graph; its inputs are the tokenizer's, a mask included.
 
     Raises:
-        ExportError: optimum doesn't know the architecture or fails on it.
+        ExportError: optimum doesn't know the architecture, fails on it, or can't give these outputs.
     """
+    if outputs not in TASKS:
+        raise ExportError(
+            f"{folder}: no family builds {architecture!r}, and {outputs[-1]} can't be traced; see docs/families.md"
+        )
     with tempfile.TemporaryDirectory(prefix="bge-onnx-") as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import transformers  # torch and optimum are slow to import
@@ -35,7 +46,12 @@ def trace(folder: Path, architecture: str | None, task: str) -> Graph:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 main_export(
-                    str(folder), scratch, task=task, device="cpu", do_validation=False, library_name="transformers"
+                    str(folder),
+                    scratch,
+                    task=TASKS[outputs],
+                    device="cpu",
+                    do_validation=False,
+                    library_name="transformers",
                 )
         except Exception as error:  # whatever a model's own code raises
             raise ExportError(
@@ -43,5 +59,7 @@ def trace(folder: Path, architecture: str | None, task: str) -> Graph:
                 "docs/families.md for adding a family"
             ) from error
         graph = load_graph(Path(scratch) / "model.onnx")
-    del graph.outputs[1:]
+    graph.outputs = [value for value in graph.outputs if value.name in outputs]
+    if not graph.outputs:
+        raise ExportError(f"{folder}: traced by optimum, {architecture!r} gives no {outputs[0]}; see docs/families.md")
     return graph

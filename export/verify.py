@@ -2,19 +2,52 @@
 
 import inspect
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
+from export.catalog import M3_HEADS
 from export.errors import ExportError, ParityError, first_line
 from export.source import Checkpoint
-from runtime import Embedder
-from runtime.manifest import Parity
+from runtime import Embedder, Reranker
+from runtime.hybrid import LexicalWeights
+from runtime.manifest import Parity, load_manifest
 from runtime.pooling import Floats
 
-THRESHOLDS = {"fp32": (0.99999, 0.99999), "int8": (0.99, 0.9)}
-"""Least cosine to the original, mean and minimum, that a variant must reach to be written."""
+if TYPE_CHECKING:
+    import torch
+
+THRESHOLDS: dict[str, dict[str, float]] = {
+    "fp32": {
+        "cosine_mean": 0.99999,
+        "cosine_min": 0.99999,
+        "colbert_cosine_min": 0.99999,
+        "sparse_max_diff": 1e-4,
+        "score_max_diff": 1e-4,
+        "score_spearman": 0.9999,
+        "score_top_agreement": 0.99,
+    },
+    "int8": {"cosine_mean": 0.99, "cosine_min": 0.9, "score_spearman": 0.98, "score_top_agreement": 0.85},
+}
+"""What each figure of a variant's parity must reach, at least, or at most where it is a difference (``…_diff``)."""
+
+QUERIES, PASSAGES, TOP = 8, 16, 5
+"""Of a reranker: queries, passages that each is scored with, and how many of the best are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a model gives for each verification text, or pair of a reranker; empty what it doesn't give."""
+
+    dense: list[Floats] = field(default_factory=list)
+    lexical: list[LexicalWeights] = field(default_factory=list)
+    colbert: list[Floats] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
 
 
 def verification_texts() -> list[str]:
@@ -22,65 +55,178 @@ def verification_texts() -> list[str]:
     return files("export").joinpath("texts/verification.txt").read_text("utf-8").splitlines()
 
 
-def reference_vectors(checkpoint: Checkpoint, texts: list[str]) -> Floats:
-    """What transformers' own model and tokenizer, pooled by torch, give for each text: float32 ``(n, dim)``."""
+def verification_pairs(texts: list[str]) -> list[tuple[str, str]]:
+    """Eight queries, each the first half of a text, with the same passages, of which one holds the query."""
+    passages = texts[:: max(1, len(texts) // PASSAGES)][:PASSAGES]
+    return [(passage[: len(passage) // 2], other) for passage in passages[:QUERIES] for other in passages]
+
+
+def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
+    """What transformers' own model and tokenizer give, one text or pair at a time, finished by torch as FlagEmbedding.
+
+    Raises:
+        ExportError: transformers can't load the checkpoint.
+    """
     import torch  # slow to import
     import transformers
 
     transformers.logging.set_verbosity_error()
     spec, folder = checkpoint.spec, str(checkpoint.folder)
+    loader = {"logits": "AutoModelForSequenceClassification", "vocabulary_weights": "AutoModelForMaskedLM"}
+    answers = Answers()
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-            model = transformers.AutoModel.from_pretrained(
+            model = getattr(transformers, loader.get(spec.outputs[0], "AutoModel")).from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=not checkpoint.allow_pickle or None
-            ).eval()
+            )
         except Exception as error:  # transformers raises all sorts
             raise ExportError(
                 f"{checkpoint.id}: transformers can't load it ({first_line(error)}), so nothing can be verified; "
                 "mend the checkpoint"
             ) from error
-        accepted = inspect.signature(model.forward).parameters
-        vectors = []
+        accepted = inspect.signature(model.eval().forward).parameters
+
+        def ask(inputs: Any) -> Any:  # noqa: ANN401
+            return model(**{name: torch.tensor([inputs[name]]) for name in inputs if name in accepted})
+
+        if spec.kind == "reranker":
+            for pair in verification_pairs(texts):
+                answers.scores.append(float(ask(_pair_inputs(tokenizer, pair, spec.max_length or 512)).logits[0, 0]))
+            return answers
+        heads = _heads(checkpoint) if "token_weights" in spec.outputs else None
+        skipped = _special_ids(tokenizer)
         for text in texts:
-            inputs = tokenizer(text, truncation=True, max_length=spec.max_length, return_tensors="pt")
-            hidden = model(**{name: inputs[name] for name in inputs if name in accepted}).last_hidden_state[0]
-            match spec.pooling:
-                case "cls":
-                    vector = hidden[0]
-                case "last_token":
-                    vector = hidden[-1]
-                case "max":
-                    vector = hidden.amax(0)
-                case _:
-                    vector = hidden.mean(0)
-            vectors.append(torch.nn.functional.normalize(vector, dim=0) if spec.normalize else vector)
-        return torch.stack(vectors).numpy()
+            inputs = tokenizer(text, truncation=True, max_length=spec.max_length)
+            states = ask(inputs)[0][0]
+            if spec.outputs == ("vocabulary_weights",):
+                weights = torch.log1p(torch.relu(states)).amax(0)
+                answers.lexical.append({str(i): float(weights[i]) for i in weights.nonzero()[:, 0].tolist()})
+                continue
+            answers.dense.append(_pooled(states, spec.pooling, spec.normalize).numpy())
+            if heads:
+                sparse, colbert = heads
+                weights = torch.relu(sparse(states))[:, 0].tolist()
+                best: LexicalWeights = {}
+                for token, weight in zip(inputs["input_ids"], weights, strict=True):
+                    if token not in skipped and weight > best.get(str(token), 0):
+                        best[str(token)] = weight
+                answers.lexical.append(best)
+                answers.colbert.append(torch.nn.functional.normalize(colbert(states[1:]), dim=-1).numpy())
+    return answers
 
 
-def verify_variant(artifact: Path, variant: str, reference: Floats, texts: list[str]) -> Parity:
-    """Embed with the runtime and compare.
+def _pair_inputs(tokenizer: Any, pair: tuple[str, str], max_length: int) -> Any:  # noqa: ANN401
+    """A pair as FlagEmbedding's ``FlagReranker`` tokenises it."""
+    query = tokenizer(pair[0], add_special_tokens=False, max_length=max_length * 3 // 4, truncation=True)
+    passage = tokenizer(pair[1], add_special_tokens=False, max_length=max_length, truncation=True)
+    return tokenizer.prepare_for_model(
+        query["input_ids"], passage["input_ids"], truncation="only_second", max_length=max_length
+    )
+
+
+def _pooled(states: "torch.Tensor", pooling: str | None, normalize: bool) -> "torch.Tensor":
+    import torch
+
+    match pooling:
+        case "cls":
+            vector = states[0]
+        case "last_token":
+            vector = states[-1]
+        case "max":
+            vector = states.amax(0)
+        case _:
+            vector = states.mean(0)
+    return torch.nn.functional.normalize(vector, dim=0) if normalize else vector
+
+
+def _heads(checkpoint: Checkpoint) -> list[Callable[["torch.Tensor"], "torch.Tensor"]]:
+    """BGE-M3's sparse and multi-vector heads, by torch's own loader."""
+    import torch
+
+    heads = []
+    for name in M3_HEADS:
+        state = torch.load(checkpoint.folder / f"{name}.pt", map_location="cpu", weights_only=True)
+        head = torch.nn.Linear(*reversed(state["weight"].shape))
+        head.load_state_dict(state)
+        heads.append(head.float())
+    return heads
+
+
+def _special_ids(tokenizer: Any) -> set[int]:  # noqa: ANN401
+    names = ("cls_token", "eos_token", "pad_token", "unk_token")
+    special = tokenizer.special_tokens_map
+    return {tokenizer.convert_tokens_to_ids(special[name]) for name in names if name in special}
+
+
+def runtime_answers(artifact: Path, variant: str, texts: list[str]) -> Answers:
+    """What the runtime gives with a variant of an artifact."""
+    manifest = load_manifest(artifact)
+    if manifest.kind == "reranker":
+        scores = Reranker(artifact, variant, device="cpu").compute_score(verification_pairs(texts))
+        return Answers(scores=scores)  # type: ignore[arg-type]
+    embedder, has = Embedder(artifact, variant, device="cpu"), set(manifest.outputs)
+    found = embedder.encode(
+        texts,
+        return_dense="last_hidden_state" in has,
+        return_sparse=bool({"token_weights", "vocabulary_weights"} & has),
+        return_colbert_vecs="token_vectors" in has,
+    )
+    if not isinstance(found, dict):
+        return Answers(dense=list(found))
+    dense, lexical, colbert = found["dense_vecs"], found["lexical_weights"], found["colbert_vecs"]
+    return Answers(dense=[] if dense is None else list(dense), lexical=lexical or [], colbert=colbert or [])
+
+
+def compare(reference: Answers, answers: Answers) -> Parity:
+    """How close answers come to the reference."""
+    dense = _cosines(answers.dense, reference.dense)
+    pairs = zip(answers.colbert, reference.colbert, strict=True)
+    colbert = np.concatenate([np.empty(0), *(_cosines(a, b) for a, b in pairs)])
+    lexical = [
+        abs(a.get(token, 0) - b.get(token, 0))
+        for a, b in zip(answers.lexical, reference.lexical, strict=True)
+        for token in a.keys() | b.keys()
+    ]
+    scores, expected = np.array(answers.scores), np.array(reference.scores)
+    return Parity(
+        texts=max(len(reference.dense), len(reference.lexical), len(reference.scores)),
+        cosine_mean=float(dense.mean()) if dense.size else None,
+        cosine_min=float(dense.min()) if dense.size else None,
+        colbert_cosine_min=float(colbert.min()) if colbert.size else None,
+        sparse_max_diff=float(max(lexical, default=0)) if reference.lexical else None,
+        score_max_diff=float(np.abs(scores - expected).max()) if scores.size else None,
+        score_spearman=float(spearmanr(scores, expected).statistic) if scores.size else None,
+        score_top_agreement=_top_agreement(scores, expected) if scores.size else None,
+    )
+
+
+def _top_agreement(scores: np.ndarray, expected: np.ndarray) -> float:
+    best, wanted = (np.argsort(-rows.reshape(QUERIES, -1), axis=1)[:, :TOP] for rows in (scores, expected))
+    return float(np.mean([len(set(a) & set(b)) / TOP for a, b in zip(best.tolist(), wanted.tolist(), strict=True)]))
+
+
+def verify_variant(artifact: Path, variant: str, reference: Answers, texts: list[str]) -> Parity:
+    """Ask the runtime, and compare.
 
     Args:
         artifact: The folder, complete but for its parity figures.
         variant: Which of its variants.
-        reference: What the original gives, float32 ``(n, dim)``.
-        texts: The ``n`` texts.
+        reference: What the original answers.
+        texts: The texts that it was asked.
 
     Raises:
-        ParityError: The variant is below its threshold.
+        ParityError: A figure is below its threshold.
     """
-    vectors = Embedder(artifact, variant, device="cpu").encode(texts)
-    cosines = _cosines(vectors, reference)
-    parity = Parity(texts=len(texts), cosine_mean=float(cosines.mean()), cosine_min=float(cosines.min()))
-    mean, least = THRESHOLDS[variant]
-    if not (parity.cosine_mean >= mean and parity.cosine_min >= least):
-        worst = texts[int(cosines.argmin())]
-        raise ParityError(
-            f"{variant}: cosine to the original is {parity.cosine_mean:.6f} on average and {parity.cosine_min:.6f} at "
-            f"worst ({worst[:40]!r}), where {mean} and {least} are asked for; {_CURES[variant]}"
-        )
+    parity = compare(reference, runtime_answers(artifact, variant, texts))
+    for name, limit in THRESHOLDS[variant].items():
+        value = getattr(parity, name)
+        if value is not None and not (value <= limit if name.endswith("_diff") else value >= limit):
+            raise ParityError(
+                f"{variant}: {name.replace('_', ' ')} to the original is {value:.6f} on {parity.texts} texts, where "
+                f"{limit} is asked for; {_CURES[variant]}"
+            )
     return parity
 
 
@@ -90,7 +236,10 @@ _CURES = {
 }
 
 
-def _cosines(a: Floats, b: Floats) -> np.ndarray:
-    a64, b64 = a.astype(np.float64), b.astype(np.float64)
-    cosines: np.ndarray = (a64 * b64).sum(1) / (np.linalg.norm(a64, axis=1) * np.linalg.norm(b64, axis=1))
+def _cosines(a: Sequence[Floats] | Floats, b: Sequence[Floats] | Floats) -> np.ndarray:
+    """float64 ``(n,)`` of two times ``n`` vectors."""
+    a64, b64 = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if not a64.size:
+        return np.empty(0)
+    cosines: np.ndarray = (a64 * b64).sum(-1) / (np.linalg.norm(a64, axis=-1) * np.linalg.norm(b64, axis=-1))
     return cosines

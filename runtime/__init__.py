@@ -1,9 +1,22 @@
-"""The lean side of bge-onnx: embeds with artifacts that ``python -m export`` wrote.
+"""The lean side of bge-onnx: embeds and reranks with artifacts that ``python -m export`` wrote.
 
 Imports onnxruntime, tokenizers, numpy and the standard library, and nothing heavier.
 """
 
 from runtime.embedder import Embedder
 from runtime.errors import ArtifactError, BgeOnnxError, InputError, ProviderError
+from runtime.hybrid import colbert_score, compute_lexical_matching_score, sparse_arrays, sparse_matrix
+from runtime.reranker import Reranker
 
-__all__ = ["ArtifactError", "BgeOnnxError", "Embedder", "InputError", "ProviderError"]
+__all__ = [
+    "ArtifactError",
+    "BgeOnnxError",
+    "Embedder",
+    "InputError",
+    "ProviderError",
+    "Reranker",
+    "colbert_score",
+    "compute_lexical_matching_score",
+    "sparse_arrays",
+    "sparse_matrix",
+]

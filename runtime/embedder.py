@@ -1,38 +1,51 @@
-"""The embedder: texts in, vectors out."""
+"""The embedder: texts in, dense, sparse or multi-vector representations out."""
 
 import itertools
-import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime.batching import plan_batches
+from runtime.checks import check_count, check_iterable, check_pairs, check_texts
 from runtime.errors import ArtifactError, InputError
-from runtime.manifest import TOKENIZER, load_manifest, verify_file
+from runtime.hybrid import (
+    colbert_score,
+    colbert_vectors,
+    compute_lexical_matching_score,
+    token_lexical_weights,
+    vocabulary_lexical_weights,
+)
+from runtime.model import MAX_TOKENS_PER_RUN, open_model
 from runtime.pooling import Floats, normalize, pool
-from runtime.session import PROVIDERS, choose_device, create_session, usable_cpus
-from runtime.tokenizer import Tokenizer
 
-MAX_TOKENS_PER_RUN = 8192
-"""Bounds memory: one run never holds more tokens, unless a single text does."""
-
-PREFERENCE = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32")}
-"""What ``variant="auto"`` takes, first to last. Every variant has proven its parity at export."""
+OUTPUTS = {
+    "last_hidden_state": "dense_vecs",
+    "token_weights": "lexical_weights",
+    "vocabulary_weights": "lexical_weights",
+    "token_vectors": "colbert_vecs",
+}
+"""What FlagEmbedding calls the representation that is made of each output of a graph."""
 
 
 class Embedder:
     """An exported embedder. Safe to use from many threads at once.
 
-    The names and results are those of FlagEmbedding's ``FlagModel``.
+    The names and results are those of FlagEmbedding's ``FlagModel``, and ``BGEM3FlagModel`` where the model has further
+    outputs.
 
     Attributes:
         manifest: What the export recorded about the model.
         variant: The variant that was loaded, such as ``int8``.
-        dim: Length of a vector.
+        dim: Length of a dense vector.
         max_length: Tokens that are read of a text, special tokens included.
     """
+
+    compute_lexical_matching_score = staticmethod(compute_lexical_matching_score)
+    colbert_score = staticmethod(colbert_score)
 
     def __init__(
         self, path: str | Path, variant: str = "auto", device: str = "auto", threads: int | None = None
@@ -47,41 +60,52 @@ class Embedder:
 
         Raises:
             ArtifactError: The folder is not a whole, unaltered artifact of an embedder, or lacks the variant.
+            InputError: ``threads`` is no sensible number.
             ProviderError: The device can't be had.
         """
-        folder = Path(path)
-        self.manifest = load_manifest(folder)
-        if self.manifest.kind != "embedder" or self.manifest.pooling is None:
-            raise ArtifactError(f"{folder}: holds a {self.manifest.kind}, not an embedder; open it with Reranker")
-        if threads is not None:
-            threads = check_count("threads", threads, 1024)
-        chosen = choose_device(device)
-        self.variant = self._choose_variant(folder, variant, chosen)
+        self._model = open_model(path, "embedder", variant, device, threads)
+        self.manifest = self._model.manifest
+        self.variant = self._model.variant
         self.dim = self.manifest.dim
         self.max_length = self.manifest.max_length
-        self._pooling = self.manifest.pooling
-        self._tokenizer = Tokenizer(verify_file(folder, self.manifest, TOKENIZER), self.max_length)
-        graph = verify_file(folder, self.manifest, self.manifest.variants[self.variant].file)
-        self._session = create_session(graph, chosen, threads or usable_cpus())
-        self._inputs = [entry.name for entry in self._session.get_inputs()]
-        if (width := self._session.get_outputs()[0].shape[-1]) != self.dim and isinstance(width, int):
-            raise ArtifactError(f"{graph}: gives vectors of {width} dimensions, not {self.dim}; export the model again")
+        width = self._model.session.get_outputs()[0].shape[-1]
+        if isinstance(width, int) and width != self.dim:
+            raise ArtifactError(
+                f"{path}: its graph gives vectors of {width} dimensions, not {self.dim}; export it again"
+            )
 
-    def _choose_variant(self, folder: Path, variant: str, device: str) -> str:
-        fitting = [name for name, v in self.manifest.variants.items() if PROVIDERS[device] in v.providers]
-        if variant == "auto":
-            for name in (*PREFERENCE[device], *fitting):
-                if name in fitting:
-                    return name
-        elif variant in fitting:
-            return variant
-        wanted = PREFERENCE[device][-1] if variant == "auto" else variant
-        raise ArtifactError(
-            f"{folder}: no variant {variant!r} for {device}, only {', '.join(self.manifest.variants)}; "
-            f"export it with --variants {wanted}"
-        )
+    @overload
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        truncate_dim: int | None = None,
+        truncate: bool = True,
+        chunk: bool = False,
+    ) -> Floats: ...
 
-    def encode(self, texts: str | Sequence[str], *, truncate_dim: int | None = None, truncate: bool = True) -> Floats:
+    @overload
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        truncate: bool = True,
+        return_dense: bool = True,
+        return_sparse: bool = False,
+        return_colbert_vecs: bool = False,
+    ) -> dict[str, Any]: ...
+
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        truncate_dim: int | None = None,
+        truncate: bool = True,
+        chunk: bool = False,
+        return_dense: bool = True,
+        return_sparse: bool = False,
+        return_colbert_vecs: bool = False,
+    ) -> Floats | dict[str, Any]:
         """Embed texts as they are, without a prompt.
 
         A text's vector is the same to the bit whatever it is batched with.
@@ -91,15 +115,25 @@ class Embedder:
             truncate_dim: Keep this many leading dimensions (Matryoshka models), normalised again if the model is.
             truncate: Cut texts beyond ``max_length`` (logged as one warning, visible with ``count_tokens``); False
                 raises instead.
+            chunk: Read texts beyond ``max_length`` whole, in pieces whose dense vectors are averaged by their number of
+                tokens.
+            return_dense: Dense vectors.
+            return_sparse: Lexical weights, of a model that has them (BGE-M3, SPLADE).
+            return_colbert_vecs: A vector per token, of a model that has them (BGE-M3).
 
         Returns:
-            float32 ``(dim,)`` for a str, ``(n, dim)`` for a list, ``(0, dim)`` for an empty one; of unit length if the
-            model normalises.
+            Of dense vectors alone, float32 ``(dim,)`` for a str, ``(n, dim)`` for a list, ``(0, dim)`` for an empty
+            one; of unit length if the model normalises. Otherwise, as ``BGEM3FlagModel``, a dict of ``dense_vecs``,
+            ``lexical_weights`` (for each text a dict from token id, as a str, to weight) and ``colbert_vecs`` (for each
+            text float32 ``(tokens - 1, dim)``, all but the first token's); what wasn't asked for is None.
 
         Raises:
-            InputError: Something that isn't a valid text, too long with ``truncate=False``, or a bad ``truncate_dim``.
+            InputError: Something that isn't a valid text, too long with ``truncate=False``, a bad ``truncate_dim``, or
+                an output that the model hasn't.
         """
-        return self._encode(texts, "", truncate_dim, truncate)
+        if return_sparse or return_colbert_vecs or not return_dense:
+            return self._encode_ways(texts, truncate, return_dense, return_sparse, return_colbert_vecs)
+        return self._encode(texts, "", truncate_dim, truncate, chunk)
 
     def encode_queries(
         self, texts: str | Sequence[str], *, truncate_dim: int | None = None, truncate: bool = True
@@ -149,83 +183,146 @@ class Embedder:
             yield from self._encode(chunk, "", truncate_dim, truncate, first=done)
             done += len(chunk)
 
+    def compute_score(
+        self,
+        pairs: Sequence[tuple[str, str]] | tuple[str, str],
+        weights_for_different_modes: Sequence[float] = (1.0, 1.0, 1.0),
+    ) -> dict[str, Any]:
+        """Score queries with passages in every way that ``BGEM3FlagModel`` does.
+
+        Args:
+            pairs: One (query, passage), or several.
+            weights_for_different_modes: Of dense, sparse and multi-vector scores in their weighted means.
+
+        Returns:
+            ``dense``, ``sparse``, ``colbert``, ``sparse+dense`` and ``colbert+sparse+dense``: a float each for one
+            pair, a list of floats for several.
+
+        Raises:
+            InputError: Something that isn't a pair of valid texts, weights that aren't three with a positive sum, or a
+                model that hasn't all three ways.
+        """
+        if len(weights_for_different_modes) != 3 or not sum(weights_for_different_modes) > 0:
+            raise InputError(
+                f"weights_for_different_modes is {weights_for_different_modes}; pass three, of positive sum"
+            )
+        checked, single = check_pairs(pairs)
+        texts = list(dict.fromkeys(text for pair in checked for text in pair))
+        ways = self._encode_ways(texts, True, True, True, True)
+        place = {text: i for i, text in enumerate(texts)}
+        scores = np.empty((len(checked), 3))
+        for i, (query, passage) in enumerate(checked):
+            (q, q_weights, q_vectors), (p, p_weights, p_vectors) = (
+                [found[place[text]] for found in ways.values()] for text in (query, passage)
+            )
+            scores[i] = q @ p, compute_lexical_matching_score(q_weights, p_weights), colbert_score(q_vectors, p_vectors)
+        weights = np.array(weights_for_different_modes, float)
+        result = {
+            "colbert": scores[:, 2],
+            "sparse": scores[:, 1],
+            "dense": scores[:, 0],
+            "sparse+dense": scores[:, :2] @ weights[:2] / max(weights[:2].sum(), 1e-12),
+            "colbert+sparse+dense": scores @ weights / weights.sum(),
+        }
+        return {name: float(values[0]) if single else values.tolist() for name, values in result.items()}
+
     def count_tokens(self, texts: str | Sequence[str]) -> int | list[int]:
         """Tokens of a text (int) or of each of several (list), special tokens included, before any truncation.
 
         Raises:
             InputError: Something that isn't a valid text.
         """
-        counts = self._tokenizer.count(check_texts(texts))
+        counts = self._model.tokenizer.count(check_texts(texts))
         return counts[0] if isinstance(texts, str) else counts
 
     def _encode(
-        self, texts: str | Sequence[str], prompt: str, truncate_dim: int | None, truncate: bool, first: int = 0
+        self,
+        texts: str | Sequence[str],
+        prompt: str,
+        truncate_dim: int | None,
+        truncate: bool,
+        chunk: bool = False,
+        first: int = 0,
     ) -> Floats:
+        """Dense vectors of one text or several."""
+        self._output("dense_vecs")
         if truncate_dim is not None:
             truncate_dim = check_count("truncate_dim", truncate_dim, self.dim)
-        checked = check_texts(texts, first)
-        ids = self._tokenizer.encode([prompt + text for text in checked] if prompt else checked, truncate, first)
-        vectors = np.zeros((len(ids), truncate_dim or self.dim), np.float32)
-        for batch in plan_batches([len(row) for row in ids], MAX_TOKENS_PER_RUN):
-            if not ids[batch[0]]:  # an empty text, of a tokenizer without special tokens
-                continue
-            pooled = pool(self._run(np.array([ids[i] for i in batch], np.int64)), self._pooling)[:, :truncate_dim]
-            vectors[batch] = normalize(pooled) if self.manifest.normalize else pooled
+        checked = [prompt + text for text in check_texts(texts, first)]
+        if chunk:
+            pieces = self._model.tokenizer.encode_chunks(checked, first)
+            vectors = self._dense([ids for text in pieces for ids in text], truncate_dim)
+            vectors = self._join(vectors, [[len(ids) for ids in text] for text in pieces])
+        else:
+            vectors = self._dense(self._model.tokenizer.encode(checked, truncate, first), truncate_dim)
         return vectors[0] if isinstance(texts, str) else vectors
 
-    def _run(self, ids: np.ndarray) -> Floats:
-        """Last hidden state, float32 ``(n, tokens, dim)``; traced graphs also want a mask, of ones."""
-        feeds = {name: ids if name == "input_ids" else _FILL[name](ids) for name in self._inputs}
-        hidden: Floats = self._session.run(None, feeds)[0]
-        return hidden
+    def _dense(self, ids: list[list[int]], truncate_dim: int | None) -> Floats:
+        """float32 ``(n, dim)``; zeros for a text without tokens, which only tokenizers without special tokens give."""
+        vectors = np.zeros((len(ids), truncate_dim or self.dim), np.float32)
+        for batch in plan_batches([len(row) for row in ids], MAX_TOKENS_PER_RUN):
+            if ids[batch[0]]:
+                (hidden,) = self._model.run(["last_hidden_state"], np.array([ids[i] for i in batch], np.int64))
+                vectors[batch] = self._pool(hidden, truncate_dim)
+        return vectors
 
+    def _pool(self, hidden: Floats, truncate_dim: int | None = None) -> Floats:
+        assert self.manifest.pooling  # an embedder with dense vectors has one
+        pooled = pool(hidden, self.manifest.pooling)[:, :truncate_dim]
+        return normalize(pooled) if self.manifest.normalize else pooled
 
-_FILL = {"attention_mask": np.ones_like, "token_type_ids": np.zeros_like}
+    def _join(self, vectors: Floats, lengths: list[list[int]]) -> Floats:
+        """The mean vector of each text's pieces, weighted by their tokens, float32 ``(n, dim)``."""
+        joined = np.empty((len(lengths), vectors.shape[1]), np.float32)
+        start = 0
+        for i, tokens in enumerate(lengths):
+            joined[i] = np.average(vectors[start : start + len(tokens)], axis=0, weights=tokens)
+            start += len(tokens)
+        return normalize(joined) if self.manifest.normalize else joined
 
+    def _encode_ways(
+        self, texts: str | Sequence[str], truncate: bool, dense: bool, sparse: bool, colbert: bool
+    ) -> dict[str, Any]:
+        """All that was asked for, from one pass of the graph."""
+        asked = {"dense_vecs": dense, "lexical_weights": sparse, "colbert_vecs": colbert}
+        outputs = {way: self._output(way) for way, wanted in asked.items() if wanted}
+        if not outputs:
+            raise InputError("nothing to return; pass return_dense, return_sparse or return_colbert_vecs")
+        ids = self._model.tokenizer.encode(check_texts(texts), truncate)
+        results: dict[str, Any] = {way: [None] * len(ids) if wanted else None for way, wanted in asked.items()}
+        for batch in plan_batches([len(row) for row in ids], MAX_TOKENS_PER_RUN):
+            rows = np.array([ids[i] for i in batch], np.int64)
+            for (way, output), values in zip(
+                outputs.items(), self._model.run(list(outputs.values()), rows), strict=True
+            ):
+                for i, value in zip(batch, self._finish(output, rows, values), strict=True):
+                    results[way][i] = value
+        if dense:
+            results["dense_vecs"] = np.array(results["dense_vecs"], np.float32).reshape(-1, self.dim)
+        return {
+            way: found[0] if found is not None and isinstance(texts, str) else found for way, found in results.items()
+        }
 
-def check_texts(texts: str | Sequence[str], first: int = 0) -> Sequence[str]:
-    """The texts as a list of str.
+    def _finish(self, output: str, ids: NDArray[np.int64], values: Floats) -> Sequence[Any]:
+        """What a text gets of an output of the graph, for each text of a batch."""
+        match output:
+            case "last_hidden_state":
+                return list(self._pool(values))
+            case "token_weights":
+                return token_lexical_weights(ids, values, self.manifest.skipped_ids)
+            case "vocabulary_weights":
+                return vocabulary_lexical_weights(values)
+            case _:
+                return colbert_vectors(values)
 
-    Args:
-        texts: One text or several.
-        first: The first one's number in error messages.
+    def _output(self, way: str) -> str:
+        """The output of the graph that a representation comes from.
 
-    Raises:
-        InputError: Not a str or a list of str; names the first that isn't.
-    """
-    if isinstance(texts, str):
-        return [texts]
-    checked = list(check_iterable(texts))
-    for i, text in enumerate(checked, first):
-        if not isinstance(text, str):
-            raise InputError(f"text {i} is {type(text).__name__}, not str; convert or drop it")
-    return checked
-
-
-def check_iterable(texts: Iterable[str]) -> Iterator[str]:
-    """An iterator over texts.
-
-    Raises:
-        InputError: Not an iterable, or bytes.
-    """
-    try:
-        if isinstance(texts, bytes):
-            raise TypeError
-        return iter(texts)
-    except TypeError:
-        raise InputError(f"texts is {type(texts).__name__}; pass a str or a list of str") from None
-
-
-def check_count(name: str, value: int, most: int) -> int:
-    """A whole number from 1 to ``most``.
-
-    Raises:
-        InputError: It isn't one.
-    """
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = 0
-    if not 1 <= count <= most:
-        raise InputError(f"{name} is {value!r}; it must be a whole number from 1 to {most}")
-    return count
+        Raises:
+            InputError: The model hasn't that representation.
+        """
+        for output in self.manifest.outputs:
+            if OUTPUTS[output] == way:
+                return output
+        has = ", ".join(OUTPUTS[output] for output in self.manifest.outputs)
+        raise InputError(f"{self.manifest.name} has no {way}, only {has}; set the return_… arguments to what it has")

@@ -16,6 +16,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 
 Kind = Literal["embedder", "reranker"]
+Output = Literal["last_hidden_state", "token_weights", "vocabulary_weights", "token_vectors", "logits"]
 Pooling = Literal["cls", "mean", "last_token", "max"]
 
 
@@ -30,11 +31,23 @@ class File:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parity:
-    """How close a variant comes to the original on the verification texts."""
+    """How close a variant comes to the original on the verification texts; None for what the model doesn't give."""
 
     texts: int
-    cosine_mean: float
-    cosine_min: float
+    """How many texts, or pairs of a reranker."""
+    cosine_mean: float | None = None
+    """Of dense vectors."""
+    cosine_min: float | None = None
+    colbert_cosine_min: float | None = None
+    """Of the vectors of all tokens."""
+    sparse_max_diff: float | None = None
+    """Greatest difference of a lexical weight; a token that only one side has counts with its weight."""
+    score_max_diff: float | None = None
+    """Greatest difference of a raw logit."""
+    score_spearman: float | None = None
+    """Rank correlation of the scores."""
+    score_top_agreement: float | None = None
+    """Share of a query's five best passages that are among its five best here too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +55,8 @@ class Variant:
     """One precision of the model: its graph, where it may run, and how true it is to the original."""
 
     file: str
+    data: str | None = None
+    """The file of the weights, where the graph's can't hold them (protobuf's limit is 2 GB)."""
     opset: int
     providers: tuple[str, ...]
     cpu_safety: str
@@ -71,14 +86,19 @@ class Manifest:
     architecture: str
     source: Source
     dim: int
+    """Length of a vector; 1 of a reranker, whose score is one number."""
     max_length: int
     """Tokens, special tokens included; longer texts are cut on the right."""
+    outputs: tuple[Output, ...]
+    """What the graph gives."""
     pooling: Pooling | None
     normalize: bool
     prompts: dict[str, str]
     """Text put before a query (``query``) or a passage (``passage``)."""
     variants: dict[str, Variant]
     files: dict[str, File]
+    skipped_ids: tuple[int, ...] = ()
+    """Special tokens that have no lexical weight."""
     tools: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -119,15 +139,19 @@ def load_manifest(folder: Path) -> Manifest:
 
 def _check(manifest: Manifest) -> None:
     """Refuse what the types allow but no export writes, above all a path that leaves the folder."""
-    names = [*manifest.files, *(variant.file for variant in manifest.variants.values())]
-    for name in names:
+    graphs = [
+        name for variant in manifest.variants.values() for name in (variant.file, variant.data) if name is not None
+    ]
+    for name in (*manifest.files, *graphs):
         if name in ("", ".", "..") or not name.isprintable() or set(name) & set("/\\:"):
             raise ArtifactError(f"{name!r} is not a plain file name")
         if name not in manifest.files:
             raise ArtifactError(f"{name} has no checksum")
     if TOKENIZER not in manifest.files:
         raise ArtifactError(f"{TOKENIZER} has no checksum")
-    if manifest.kind == "embedder" and manifest.pooling is None:
+    if ("logits" in manifest.outputs) != (manifest.kind == "reranker") or not manifest.outputs:
+        raise ArtifactError(f"a {manifest.kind} with the outputs {', '.join(manifest.outputs) or 'none'}")
+    if "last_hidden_state" in manifest.outputs and manifest.pooling is None:
         raise ArtifactError("an embedder without pooling")
     if manifest.dim < 1 or manifest.max_length < 1 or not manifest.variants:
         raise ArtifactError("dim, max_length and variants must not be empty")

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from runtime.errors import ArtifactError, ProviderError
 
 try:
@@ -68,6 +71,28 @@ def _why_no_cuda() -> str:
         f"the installed {installed[0] if installed else 'onnxruntime'} has no CUDA provider; "
         "run: pip uninstall -y onnxruntime, then pip install bge-onnx[gpu]"
     )
+
+
+def make_feeds(
+    session: onnxruntime.InferenceSession, ids: NDArray[np.int64], token_types: NDArray[np.int64] | None = None
+) -> dict[str, NDArray[np.int64]]:
+    """The inputs that a graph asks for, of texts that are never padded: traced graphs want a mask, which is all ones.
+
+    Args:
+        session: The graph.
+        ids: Token ids, int64 ``(n, tokens)``.
+        token_types: int64 ``(n, tokens)``; zeros by default.
+    """
+    feeds = {}
+    for name in (entry.name for entry in session.get_inputs()):
+        match name:
+            case "input_ids":
+                feeds[name] = ids
+            case "attention_mask":
+                feeds[name] = np.ones_like(ids)
+            case "token_type_ids":
+                feeds[name] = np.zeros_like(ids) if token_types is None else token_types
+    return feeds
 
 
 def create_session(path: Path, device: Literal["cpu", "cuda"], threads: int) -> onnxruntime.InferenceSession:

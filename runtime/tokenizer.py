@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
@@ -12,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class Tokenizer:
-    """A fast tokenizer that knows its special tokens as a prefix and a suffix of ids.
+    """A fast tokenizer that knows its special tokens as ids around a text, or around and between a pair.
 
     Texts are tokenised whole and cut here, so that a caller can see how long they were. The ids equal those of
     ``transformers``' fast tokenizer with ``truncation=True`` on the right.
@@ -30,13 +31,27 @@ class Tokenizer:
             raise ArtifactError(f"{path}: not a tokenizer ({error}); export the model again") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        probe = self._tokenizer.encode("a")
-        body = [i for i, sequence in enumerate(probe.sequence_ids) if sequence == 0] or [len(probe.ids)]
-        self._prefix, self._suffix = probe.ids[: body[0]], probe.ids[body[-1] + 1 :]
+        self._single, self._pair = self._template("a"), self._template("a", "a")
         self.max_length = max_length
-        self._room = max_length - len(self._prefix) - len(self._suffix)
+        self._room = max_length - len(self._single.wrap([]))
+        self._pair_room = max_length - len(self._pair.wrap([], []))
         if self._room < 1:
             raise ArtifactError(f"{path}: max_length {max_length} leaves no room beside the special tokens")
+
+    def _template(self, *texts: str) -> "_Template":
+        probe = self._tokenizer.encode(*texts)
+        special: list[list[int]] = [[] for _ in range(len(texts) + 1)]
+        special_types: list[list[int]] = [[] for _ in range(len(texts) + 1)]
+        types = [0] * len(texts)
+        seen = 0
+        for token, kind, sequence in zip(probe.ids, probe.type_ids, probe.sequence_ids, strict=True):
+            if sequence is None:
+                special[seen].append(token)
+                special_types[seen].append(kind)
+            else:
+                seen = sequence + 1
+                types[sequence] = kind
+        return _Template(special, special_types, types)
 
     def encode(self, texts: Sequence[str], truncate: bool = True, first: int = 0) -> list[list[int]]:
         """Token ids of each text, special tokens included, at most ``max_length`` each.
@@ -51,25 +66,67 @@ class Tokenizer:
         Raises:
             InputError: A text is too long and ``truncate`` is False, or isn't valid Unicode.
         """
-        bodies = self._bodies(texts, first)
-        too_long = [i for i, body in enumerate(bodies) if len(body) > self._room]
-        if too_long and not truncate:
-            tokens = len(bodies[too_long[0]]) + self.max_length - self._room
-            raise InputError(
-                f"text {first + too_long[0]} has {tokens} tokens where the model takes {self.max_length}; "
-                "split it, or pass truncate=True to keep its beginning"
-            )
-        if too_long:
-            logger.warning(
-                "%d of %d texts had more than %d tokens and were cut", len(too_long), len(texts), self.max_length
-            )
-        return [self._prefix + body[: self._room] + self._suffix for body in bodies]
+        bodies = self._bodies(texts, "text", first)
+        special = self.max_length - self._room
+        long = {i: len(body) + special for i, body in enumerate(bodies, first) if len(body) > self._room}
+        self._report("text", long, len(texts), truncate)
+        return [self._single.wrap(body[: self._room]) for body in bodies]
+
+    def encode_chunks(self, texts: Sequence[str], first: int = 0) -> list[list[list[int]]]:
+        """Token ids of each text in pieces of at most ``max_length``, each with the special tokens around it."""
+        return [
+            [self._single.wrap(body[start : start + self._room]) for start in range(0, max(1, len(body)), self._room)]
+            for body in self._bodies(texts, "text", first)
+        ]
+
+    def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], truncate: bool = True
+    ) -> list[tuple[list[int], list[int]]]:
+        """Token ids and token types of each pair, special tokens included, at most ``max_length`` each.
+
+        As FlagEmbedding's rerankers: a query keeps at most three quarters of ``max_length``, its passage what is left.
+
+        Args:
+            pairs: Queries and passages; each different text is tokenised once.
+            truncate: False raises on a pair that is too long instead of cutting it.
+
+        Raises:
+            InputError: A pair is too long and ``truncate`` is False, or isn't valid Unicode.
+        """
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        bodies = dict(zip(texts, self._bodies(texts, "text"), strict=True))
+        encoded, long, special = [], {}, self.max_length - self._pair_room
+        for i, (query, passage) in enumerate(pairs):
+            a = bodies[query][: self.max_length * 3 // 4]
+            b = bodies[passage][: max(0, self._pair_room - len(a))]
+            if len(a) < len(bodies[query]) or len(b) < len(bodies[passage]):
+                long[i] = len(bodies[query]) + len(bodies[passage]) + special
+            encoded.append((self._pair.wrap(a, b), self._pair.wrap_types(len(a), len(b))))
+        self._report("pair", long, len(pairs), truncate)
+        return encoded
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text before any truncation, special tokens included."""
-        return [len(body) + self.max_length - self._room for body in self._bodies(texts, 0)]
+        return [len(body) + self.max_length - self._room for body in self._bodies(texts, "text")]
 
-    def _bodies(self, texts: Sequence[str], first: int) -> list[list[int]]:
+    def ids_of(self, tokens: Sequence[str]) -> list[int]:
+        """Ids of those tokens that the vocabulary has."""
+        return [i for i in map(self._tokenizer.token_to_id, tokens) if i is not None]
+
+    def _report(self, what: str, long: dict[int, int], total: int, truncate: bool) -> None:
+        """Warn of what is cut, or refuse it; ``long`` holds the tokens of each text or pair that is too long."""
+        if long and not truncate:
+            i, tokens = next(iter(long.items()))
+            share = f" (a query {self.max_length * 3 // 4} of them)" if what == "pair" else ""
+            raise InputError(
+                f"{what} {i} has {tokens} tokens where the model takes {self.max_length}{share}; "
+                "split it, or pass truncate=True to keep its beginning"
+            )
+        if long:
+            logger.warning("%d of %d %ss had more than %d tokens and were cut", len(long), total, what, self.max_length)
+
+    def _bodies(self, texts: Sequence[str], what: str, first: int = 0) -> list[list[int]]:
+        """Token ids of each text without special tokens."""
         try:
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, ValueError):
@@ -78,8 +135,29 @@ class Tokenizer:
                     text.encode("utf-8")
                 except UnicodeEncodeError as error:
                     raise InputError(
-                        f"text {i} has a lone surrogate at character {error.start}, which is not valid Unicode; "
+                        f"{what} {i} has a lone surrogate at character {error.start}, which is not valid Unicode; "
                         "clean it with text.encode('utf-8', 'replace').decode()"
                     ) from None
             raise
         return [encoding.ids for encoding in encodings]
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """Special tokens before, between and after texts, and the token types that go with them."""
+
+    special: list[list[int]]
+    special_types: list[list[int]]
+    types: list[int]
+
+    def wrap(self, *bodies: list[int]) -> list[int]:
+        ids = list(self.special[0])
+        for body, special in zip(bodies, self.special[1:], strict=True):
+            ids += body + special
+        return ids
+
+    def wrap_types(self, *lengths: int) -> list[int]:
+        types = list(self.special_types[0])
+        for length, kind, special in zip(lengths, self.types, self.special_types[1:], strict=True):
+            types += [kind] * length + special
+        return types

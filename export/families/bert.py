@@ -38,6 +38,11 @@ WEIGHTS = {
     "layer.{i}.up.{p}": "encoder.layer.{i}.intermediate.dense.{p}",
     "layer.{i}.down.{p}": "encoder.layer.{i}.output.dense.{p}",
     "layer.{i}.norm.{p}": "encoder.layer.{i}.output.LayerNorm.{p}",
+    "head.dense.{p}": "pooler.dense.{p}",
+    "head.out.{p}": "classifier.{p}",
+    "mlm.dense.{p}": "cls.predictions.transform.dense.{p}",
+    "mlm.norm.{p}": "cls.predictions.transform.LayerNorm.{p}",
+    "mlm.bias": "cls.predictions.bias",
 }
 
 FAMILY = Family(config=config, weights=WEIGHTS, prefix="bert.")

@@ -1,0 +1,5 @@
+"""CamemBERT."""
+
+from export.families.roberta import FAMILY
+
+__all__ = ["FAMILY"]

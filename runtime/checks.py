@@ -1,0 +1,71 @@
+"""What callers may pass: every public method checks here before it does any work."""
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from runtime.errors import InputError
+
+
+def check_texts(texts: str | Sequence[str], first: int = 0) -> Sequence[str]:
+    """The texts as a list of str.
+
+    Args:
+        texts: One text or several.
+        first: The first one's number in error messages.
+
+    Raises:
+        InputError: Not a str or a list of str; names the first that isn't.
+    """
+    if isinstance(texts, str):
+        return [texts]
+    checked = list(check_iterable(texts))
+    for i, text in enumerate(checked, first):
+        if not isinstance(text, str):
+            raise InputError(f"text {i} is {type(text).__name__}, not str; convert or drop it")
+    return checked
+
+
+def check_pairs(pairs: Sequence[tuple[str, str]] | tuple[str, str]) -> tuple[list[tuple[str, str]], bool]:
+    """The pairs as a list of tuples of two str, and whether it was one pair rather than a list.
+
+    Raises:
+        InputError: Not a list of pairs of str; names the first that isn't.
+    """
+    single = isinstance(pairs, list | tuple) and len(pairs) == 2 and all(isinstance(text, str) for text in pairs)
+    checked = []
+    for i, pair in enumerate(check_iterable([pairs] if single else pairs)):
+        both = tuple(pair) if isinstance(pair, Iterable) and not isinstance(pair, str | bytes) else ()
+        if len(both) != 2 or not all(isinstance(text, str) for text in both):
+            raise InputError(f"pair {i} is {str(pair)[:60]!r}; pass (query, passage), both str")
+        checked.append((both[0], both[1]))
+    return checked, single
+
+
+def check_iterable(texts: Iterable[Any]) -> Iterator[Any]:
+    """An iterator over texts.
+
+    Raises:
+        InputError: Not an iterable, or bytes.
+    """
+    try:
+        if isinstance(texts, bytes):
+            raise TypeError
+        return iter(texts)
+    except TypeError:
+        raise InputError(f"texts is {type(texts).__name__}; pass a str or a list of str") from None
+
+
+def check_count(name: str, value: int, most: int) -> int:
+    """A whole number from 1 to ``most``.
+
+    Raises:
+        InputError: It isn't one.
+    """
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if not 1 <= count <= most:
+        raise InputError(f"{name} is {value!r}; it must be a whole number from 1 to {most}")
+    return count
