@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from export.errors import ExportError, first_line
 from export.graph import Graph
-from runtime.session import make_feeds, usable_cpus
+from runtime.session import Session, run_session, usable_cpus
 
 ROWS = 1024
 """About how many tokens are kept of each linear's input, beside the extreme ones."""
@@ -89,7 +89,7 @@ def collect(
 
 
 def _observe(
-    session: onnxruntime.InferenceSession,
+    session: Session,
     values: Sequence[str],
     text: tuple[Sequence[int], Sequence[int]],
     drawn: np.ndarray,
@@ -97,7 +97,7 @@ def _observe(
     """What the values held on one text: of its tokens, the drawn ones and the most extreme one."""
     ids, types = (np.array([part], np.int64) for part in text)
     try:
-        held = session.run(list(values), make_feeds(session, ids, types))
+        held = run_session(session, values, ids, types)
     except Exception as error:  # onnxruntime's errors share no public base
         raise ExportError(
             f"the graph fails on a calibration text of {ids.size} tokens ({first_line(error)}); "
@@ -111,7 +111,7 @@ def _observe(
     return samples
 
 
-def _session(graph: Graph, values: Sequence[str], path: Path) -> onnxruntime.InferenceSession:
+def _session(graph: Graph, values: Sequence[str], path: Path) -> Session:
     """A session over the graph with the values as further outputs."""
     extra = [helper.make_tensor_value_info(value, TensorProto.FLOAT, None) for value in values]
     Graph(graph.inputs, [*graph.outputs, *extra], graph.nodes, graph.weights, graph.opsets).save(path)

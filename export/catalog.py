@@ -94,7 +94,7 @@ def describe_checkpoint(spec: ModelSpec, folder: Path, pooling: Pooling | None) 
         name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()
     )
     kind: Kind = "reranker" if is_reranker or spec.kind == "reranker" else "embedder"
-    outputs = _outputs(folder, kind, modules)
+    outputs = _outputs(folder, kind, modules, config)
     pools = "last_hidden_state" in outputs
     chosen = (pooling or _declared_pooling(folder, modules) or spec.pooling) if pools else None
     if pools and chosen is None:
@@ -132,13 +132,15 @@ def _modules(folder: Path) -> dict[str, str]:
     return modules
 
 
-def _outputs(folder: Path, kind: Kind, modules: dict[str, str]) -> tuple[Output, ...]:
+def _outputs(folder: Path, kind: Kind, modules: dict[str, str], config: dict[str, Any]) -> tuple[Output, ...]:
     """What the graph of a checkpoint gives.
 
     Raises:
-        ExportError: It pools as no SPLADE of ours does.
+        ExportError: A reranker with several labels, or a SPLADE that pools as none of ours does.
     """
     if kind == "reranker":
+        if (labels := len(config.get("id2label") or (0, 1))) != 1:  # transformers' default is 2
+            raise ExportError(f"{folder}: a classifier of {labels} labels; a reranker has 1, so this isn't one")
         return ("logits",)
     if "SpladePooling" in modules:
         path = folder / modules["SpladePooling"] / "config.json"

@@ -69,12 +69,7 @@ class Graph:
         with path.open("wb") as stream, data.open("wb") if large else contextlib.nullcontext() as apart:
             stream.write(model.SerializeToString())
             for name, load in self.weights.items():
-                array = np.asarray(load(), order="C")
-                if apart and array.nbytes > PAGE:
-                    tensor = _write_apart(apart, name, array)
-                else:
-                    tensor = numpy_helper.from_array(array, name)
-                stream.write(onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor])).SerializeToString())
+                stream.write(_initializer(name, np.asarray(load(), order="C"), apart))
         return data if large else None
 
     def consumers(self) -> dict[str, list[onnx.NodeProto]]:
@@ -86,15 +81,18 @@ class Graph:
         return readers
 
 
-def _write_apart(stream: BinaryIO, name: str, array: np.ndarray) -> onnx.TensorProto:
-    """Append an array at a page's start, and return an initializer that says where it lies."""
-    stream.seek(-(-stream.tell() // PAGE) * PAGE)
-    tensor = onnx.TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
-    tensor.data_location = TensorProto.EXTERNAL
-    places = {"location": Path(stream.name).name, "offset": stream.tell(), "length": array.nbytes}
-    tensor.external_data.extend(onnx.StringStringEntryProto(key=key, value=str(v)) for key, v in places.items())
-    array.tofile(stream)
-    return tensor
+def _initializer(name: str, array: np.ndarray, apart: BinaryIO | None) -> bytes:
+    """A model of one initializer; a large one goes to the start of a page of the other file, if there is one."""
+    if apart is None or array.nbytes < PAGE:
+        tensor = numpy_helper.from_array(array, name)
+    else:
+        apart.seek(-(-apart.tell() // PAGE) * PAGE)
+        tensor = onnx.TensorProto(name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype))
+        tensor.data_location = TensorProto.EXTERNAL
+        place = {"location": Path(apart.name).name, "offset": str(apart.tell()), "length": str(array.nbytes)}
+        tensor.external_data.extend(onnx.StringStringEntryProto(key=key, value=value) for key, value in place.items())
+        array.tofile(apart)
+    return onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor])).SerializeToString()
 
 
 def load_graph(path: Path) -> Graph:

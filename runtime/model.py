@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
 from runtime.checks import check_count
 from runtime.errors import ArtifactError
 from runtime.manifest import TOKENIZER, Kind, Manifest, load_manifest, verify_file
-from runtime.session import PROVIDERS, choose_device, create_session, make_feeds, usable_cpus
+from runtime.session import PROVIDERS, Session, choose_device, create_session, run_session, usable_cpus
 from runtime.tokenizer import Tokenizer
 
 MAX_TOKENS_PER_RUN = 8192
@@ -31,25 +30,13 @@ class Model:
     manifest: Manifest
     variant: str
     tokenizer: Tokenizer
-    session: onnxruntime.InferenceSession
+    session: Session
 
     def run(
         self, outputs: Sequence[str], ids: NDArray[np.int64], token_types: NDArray[np.int64] | None = None
     ) -> list[Any]:
-        """Run texts of equal length, computing no more than the outputs need.
-
-        Args:
-            outputs: Names of the graph's outputs.
-            ids: Token ids, int64 ``(n, tokens)``.
-            token_types: 0 in a query and 1 in its passage, int64 ``(n, tokens)``; all 0 by default.
-
-        Returns:
-            Each output, float32 ``(n, …)``.
-        """
-        options = onnxruntime.RunOptions()
-        options.only_execute_path_to_fetches = True
-        held: list[Any] = self.session.run(list(outputs), make_feeds(self.session, ids, token_types), options)
-        return held
+        """``run_session`` on its graph."""
+        return run_session(self.session, outputs, ids, token_types)
 
 
 def open_model(path: str | Path, kind: Kind, variant: str, device: str, threads: int | None) -> Model:
@@ -70,7 +57,7 @@ def open_model(path: str | Path, kind: Kind, variant: str, device: str, threads:
     folder = Path(path)
     manifest = load_manifest(folder)
     if manifest.kind != kind:
-        raise ArtifactError(f"{folder}: holds a {manifest.kind}, not a {kind}; open it with {manifest.kind.title()}")
+        raise ArtifactError(f"{folder}: holds a {manifest.kind}, no {kind}; open it with {manifest.kind.title()}")
     if threads is not None:
         threads = check_count("threads", threads, MAX_THREADS)
     chosen = choose_device(device)

@@ -3,8 +3,9 @@
 import importlib.metadata
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ except ImportError as missing:
 
 logger = logging.getLogger(__name__)
 
+Session: TypeAlias = onnxruntime.InferenceSession
 Device = Literal["auto", "cpu", "cuda"]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -73,15 +75,19 @@ def _why_no_cuda() -> str:
     )
 
 
-def make_feeds(
-    session: onnxruntime.InferenceSession, ids: NDArray[np.int64], token_types: NDArray[np.int64] | None = None
-) -> dict[str, NDArray[np.int64]]:
-    """The inputs that a graph asks for, of texts that are never padded: traced graphs want a mask, which is all ones.
+def run_session(
+    session: Session, outputs: Sequence[str], ids: NDArray[np.int64], token_types: NDArray[np.int64] | None = None
+) -> list[Any]:
+    """Run texts of equal length, which need no padding, and compute no more than the outputs need.
 
     Args:
-        session: The graph.
+        session: The graph, which gets those of ``input_ids``, ``attention_mask`` and ``token_type_ids`` that it takes.
+        outputs: Names of its outputs.
         ids: Token ids, int64 ``(n, tokens)``.
-        token_types: int64 ``(n, tokens)``; zeros by default.
+        token_types: 0 in a query and 1 in its passage, int64 ``(n, tokens)``; all 0 by default.
+
+    Returns:
+        Each output, float32 ``(n, …)``.
     """
     feeds = {}
     for name in (entry.name for entry in session.get_inputs()):
@@ -92,10 +98,13 @@ def make_feeds(
                 feeds[name] = np.ones_like(ids)
             case "token_type_ids":
                 feeds[name] = np.zeros_like(ids) if token_types is None else token_types
-    return feeds
+    options = onnxruntime.RunOptions()
+    options.only_execute_path_to_fetches = True
+    held: list[Any] = session.run(list(outputs), feeds, options)
+    return held
 
 
-def create_session(path: Path, device: Literal["cpu", "cuda"], threads: int) -> onnxruntime.InferenceSession:
+def create_session(path: Path, device: Literal["cpu", "cuda"], threads: int) -> Session:
     """A session on exactly the device that was asked for.
 
     Args:

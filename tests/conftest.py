@@ -45,28 +45,56 @@ def train_wordpiece(folder: Path, vocab_size: int = 1000) -> None:
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
     names = {"unk": "[UNK]", "sep": "[SEP]", "pad": "[PAD]", "cls": "[CLS]", "mask": "[MASK]"}
-    settings = {f"{name}_token": token for name, token in names.items()} | {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": 64,
-    }
+    save_tokenizer(folder, tokenizer, "BertTokenizerFast", names)
+
+
+def train_unigram(folder: Path, vocab_size: int = 1000) -> None:
+    """Train a small SentencePiece-like Unigram tokenizer of ASCII, and save it as an XLM-R checkpoint has it."""
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=special, unk_token="<unk>", show_progress=False, initial_alphabet=[]
+    )
+    tokenizer.train_from_iterator(filter(str.isascii, WORDS.read_text("utf-8").splitlines()), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    names = {"bos": "<s>", "cls": "<s>", "pad": "<pad>", "eos": "</s>", "sep": "</s>", "unk": "<unk>", "mask": "<mask>"}
+    save_tokenizer(folder, tokenizer, "XLMRobertaTokenizerFast", names)
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, kind: str, names: dict[str, str]) -> None:
+    """Save a tokenizer with transformers' settings, for texts of 64 tokens."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {f"{name}_token": token for name, token in names.items()}
+    settings |= {"tokenizer_class": kind, "model_max_length": 64}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def make_checkpoint(folder: Path, config, pooling: str | None = "mean") -> Path:
+def make_checkpoint(
+    folder: Path,
+    config,
+    pooling: str | None = "mean",
+    head: str = "Model",
+    tokenizer=train_wordpiece,
+    spread: float = 0.1,
+) -> Path:
     """A checkpoint with random weights of a transformers config, a trained tokenizer, and a pooling module."""
     import torch
     import transformers
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    model = transformers.AutoModel.from_config(config)
+    auto = {"Model": "AutoModel"}.get(head, f"AutoModel{head}")
+    model = getattr(transformers, auto).from_config(config)
     with torch.no_grad():  # fresh weights are near zero, and norms and biases trivial: too tame to show a mistake
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+            parameter.add_(torch.randn_like(parameter) * spread)
     model.save_pretrained(folder)
-    train_wordpiece(folder)
+    tokenizer(folder)
     if pooling:
         (folder / "1_Pooling").mkdir()
         names = {"mean": "mean_tokens", "cls": "cls_token", "max": "max_tokens", "last_token": "lasttoken"}
@@ -75,12 +103,17 @@ def make_checkpoint(folder: Path, config, pooling: str | None = "mean") -> Path:
     return folder
 
 
+def sizes(**changes) -> dict:
+    """Of a tiny model: 2 layers and 32 dimensions."""
+    tiny = dict(vocab_size=1000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    return tiny | changes
+
+
 def tiny_bert_config(**changes):
     """A BERT of 2 layers and 32 dimensions with 64 positions."""
     from transformers import BertConfig
 
-    sizes = dict(vocab_size=1000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-    return BertConfig(**(sizes | {"max_position_embeddings": 64} | changes))
+    return BertConfig(**sizes(max_position_embeddings=64) | changes)
 
 
 @pytest.fixture(scope="session")

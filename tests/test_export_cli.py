@@ -58,7 +58,7 @@ def test_an_export_prints_figures_paths_and_how_to_use_it(cli, tiny_checkpoint, 
     out = tmp_path / "out"
     code, printed, error = cli("--model", tiny_checkpoint, "--out", out, "--calibration", tmp_path / "texts")
     assert (code, error) == (0, "")
-    assert "tiny-bert: 32 dimensions, 64 tokens, mean pooling" in printed
+    assert "tiny-bert: 32 dimensions, 64 tokens, mean pooling, L2-normalised" in printed
     for variant in ("fp32", "int8"):
         figures = (
             rf"^{variant} +\d\.\d MB +(0|1)\.\d{{6}} +(0|1)\.\d{{6}} +{re.escape(str(out))}/model\.{variant}\.onnx$"
@@ -121,9 +121,9 @@ def test_each_error_is_one_line_with_its_cure(cli, tiny_checkpoint, tmp_path, mo
 
 
 def test_a_parity_error_is_one_line_too(cli, tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setitem(THRESHOLDS, "fp32", (1.5, 1.5))
+    monkeypatch.setitem(THRESHOLDS, "fp32", {"cosine_mean": 1.5})
     line = error_line(cli("--model", tiny_checkpoint, "--out", tmp_path / "out", "--variants", "fp32"))
-    assert "fp32: cosine to the original" in line
+    assert "fp32: cosine mean to the original" in line
     assert list(tmp_path.iterdir()) == []
 
 

@@ -253,11 +253,16 @@ def texts(seed: int) -> list[list[int]]:
     return [generator.integers(0, WORDS, generator.integers(1, 41)).tolist() for _ in range(20)]
 
 
+def typed(ids: list[list[int]]) -> list[tuple[list[int], list[int]]]:
+    """Token ids with a token type of 0 each."""
+    return [(row, [0] * len(row)) for row in ids]
+
+
 @pytest.fixture(scope="module")
 def int8(encoder) -> Graph:
     """The same in int8."""
     inputs = dict.fromkeys(linear.input for linear in find_linears(encoder))
-    return quantize_static(encoder, collect(encoder, list(inputs), texts(0)))
+    return quantize_static(encoder, collect(encoder, list(inputs), typed(texts(0))))
 
 
 def test_no_float_linear_is_left_and_no_float_weight_either(encoder, int8):
@@ -327,10 +332,10 @@ def test_what_is_collected_are_the_extremes_of_all_tokens_and_a_sample_of_them(e
     value, ids = "layer.0.up", texts(2)
     probe = Graph(encoder.inputs, [float_value(value, "n", 2 * HIDDEN)], encoder.nodes, encoder.weights, encoder.opsets)
     held = np.concatenate([run(probe, tmp_path, input_ids=np.array([row], np.int64)) for row in ids])
-    sample = collect(encoder, [value], ids)[value]
+    sample = collect(encoder, [value], typed(ids))[value]
     np.testing.assert_allclose(sample.absmax, np.abs(held).max(axis=0), rtol=1e-4)
     assert len(sample.rows) == len(held) < 1024  # so few tokens are all kept
-    again = collect(encoder, [value], ids)[value]
+    again = collect(encoder, [value], typed(ids))[value]
     np.testing.assert_array_equal(again.rows, sample.rows)
 
 

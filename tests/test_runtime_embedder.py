@@ -40,10 +40,10 @@ def alone(embedder):
 def original():
     """The verification texts, and what transformers makes of each: float64 ``(n, dim)``, of unit length."""
     from export.source import resolve_source
-    from export.verify import reference_vectors, verification_texts
+    from export.verify import reference_answers, verification_texts
 
     texts = verification_texts()
-    return texts, reference_vectors(resolve_source("all-minilm-l6-v2"), texts).astype(np.float64)
+    return texts, np.array(reference_answers(resolve_source("all-minilm-l6-v2"), texts).dense, np.float64)
 
 
 def test_vectors_are_those_of_transformers(embedder, original):
@@ -330,8 +330,8 @@ def test_threads_below_one_are_refused(tiny_artifact, threads):
 
 
 def test_a_reranker_is_refused(tiny_artifact, edited):
-    folder = edited(tiny_artifact, lambda data: data.update(kind="reranker", pooling=None))
-    with pytest.raises(ArtifactError, match="holds a reranker, not an embedder"):
+    folder = edited(tiny_artifact, lambda data: data.update(kind="reranker", outputs=["logits"], pooling=None))
+    with pytest.raises(ArtifactError, match="holds a reranker, no embedder; open it with Reranker"):
         Embedder(folder)
 
 

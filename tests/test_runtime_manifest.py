@@ -30,6 +30,7 @@ VALID = Manifest(
     source=Source(id="someone/a-model", origin="hub", revision="0" * 40, checksums={"config.json": "1" * 64}),
     dim=8,
     max_length=16,
+    outputs=("last_hidden_state",),
     pooling="cls",
     normalize=True,
     prompts={"query": "为这个句子生成表示: "},
@@ -100,12 +101,22 @@ names = st.text(min_size=1).filter(
 def manifests(draw):
     cosines = st.floats(-1, 1)
     parities = st.none() | st.builds(Parity, cosine_mean=cosines, cosine_min=cosines)
-    variants = draw(st.dictionaries(names, st.builds(Variant, parity=parities), min_size=1, max_size=3))
+    variants = draw(st.dictionaries(names, st.builds(Variant, data=st.none(), parity=parities), min_size=1, max_size=3))
     variants = {name: dataclasses.replace(variant, file=draw(names)) for name, variant in variants.items()}
     files = {name: draw(st.from_type(File)) for name in ["tokenizer.json", *(v.file for v in variants.values())]}
     positive = st.integers(1, 10**6)
     fixed = dict(format_version=st.just(FORMAT_VERSION), dim=positive, max_length=positive)
     pooling = st.sampled_from(["cls", "mean", "last_token", "max"])
+    fixed |= draw(
+        st.sampled_from(
+            [
+                dict(kind=st.just("reranker"), outputs=st.just(("logits",))),
+                dict(
+                    kind=st.just("embedder"), outputs=st.just(("last_hidden_state", "token_weights", "token_vectors"))
+                ),
+            ]
+        )
+    )
     return draw(st.builds(Manifest, **fixed, pooling=pooling, variants=st.just(variants), files=st.just(files)))
 
 
@@ -124,10 +135,12 @@ def test_an_exported_manifest_survives_its_json(tiny_artifact, folder):
 
 
 def test_tools_may_be_left_out_and_pooling_is_optional_for_a_reranker(folder):
-    data = changed(kind="reranker", pooling=None)
+    data = changed(kind="reranker", outputs=["logits"], pooling=None)
     del data["tools"]
     (folder / MANIFEST).write_text(json.dumps(data))
-    assert load_manifest(folder) == dataclasses.replace(VALID, kind="reranker", pooling=None, tools={})
+    assert load_manifest(folder) == dataclasses.replace(
+        VALID, kind="reranker", outputs=("logits",), pooling=None, tools={}
+    )
 
 
 @pytest.mark.parametrize("spot", ["no/such/folder", ".", "file"])

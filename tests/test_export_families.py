@@ -1,0 +1,195 @@
+"""Every family that is built gives what transformers gives, in each of its outputs, and int8 stays close."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+from conftest import make_checkpoint, sizes, tiny_bert_config, train_unigram
+
+from export.encoder import build_encoder
+from export.families import find_family, weight_finder
+from export.pipeline import export_model
+from export.source import resolve_source
+from runtime import Embedder, Reranker
+
+pytestmark = pytest.mark.usefixtures("few_texts")
+
+CONFIGS = {
+    "bert": tiny_bert_config,
+    "roberta": lambda **changes: transformers.RobertaConfig(**sizes(max_position_embeddings=66) | changes),
+    "xlm-roberta": lambda **changes: transformers.XLMRobertaConfig(
+        **sizes(max_position_embeddings=66, type_vocab_size=1) | changes
+    ),
+    "camembert": lambda **changes: transformers.CamembertConfig(**sizes(max_position_embeddings=66) | changes),
+    "distilbert": lambda **changes: transformers.DistilBertConfig(
+        vocab_size=1000, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64, **changes
+    ),
+    "mpnet": lambda **changes: transformers.MPNetConfig(**sizes(max_position_embeddings=66) | changes),
+}
+UNIGRAM = ("xlm-roberta", "camembert")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A function that makes a checkpoint of a family, once for each."""
+    made = {}
+
+    def make(family: str, head: str = "", spread: float = 0.1, **changes):
+        key = family, head, spread, *changes.items()
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family) / f"{family}{head}"
+            tokenizer = {"tokenizer": train_unigram} if family in UNIGRAM else {}
+            made[key] = make_checkpoint(
+                folder,
+                CONFIGS[family](**changes),
+                None if head else "mean",
+                head=head or "Model",
+                spread=spread,
+                **tokenizer,
+            )
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_an_embedder_is_built_and_has_the_vectors_of_transformers(checkpoint, tmp_path, family):
+    assert find_family(family)
+    artifact = export_model(str(checkpoint(family)), tmp_path / "out")
+    parity = {name: variant.parity for name, variant in artifact.manifest.variants.items()}
+    assert parity["fp32"].cosine_min > 0.99999
+    assert parity["int8"].cosine_mean > 0.99
+    names = [entry.name for entry in Embedder(artifact.path, "fp32")._model.session.get_inputs()]
+    assert names == ["input_ids"]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_reranker_has_the_logits_of_transformers(checkpoint, tmp_path, family):
+    folder = checkpoint(family, "ForSequenceClassification", num_labels=1)
+    artifact = export_model(str(folder), tmp_path / "out", ["fp32"])
+    parity = artifact.manifest.variants["fp32"].parity
+    assert parity.score_max_diff < 1e-4
+    assert parity.score_spearman > 0.9999
+    assert (artifact.manifest.kind, artifact.manifest.outputs, artifact.manifest.dim) == ("reranker", ("logits",), 1)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta"])
+def test_a_splade_has_the_weights_of_transformers(checkpoint, tmp_path, family):
+    folder = checkpoint(family, "ForMaskedLM")
+    modules = [("MLMTransformer", ""), ("SpladePooling", "1_SpladePooling")]
+    prefix = "sentence_transformers.sparse_encoder.models."
+    (folder / "modules.json").write_text(json.dumps([{"type": prefix + name, "path": path} for name, path in modules]))
+    artifact = export_model(str(folder), tmp_path / "out")
+    parity = {name: variant.parity for name, variant in artifact.manifest.variants.items()}
+    assert parity["fp32"].sparse_max_diff < 1e-4
+    assert artifact.manifest.outputs == ("vocabulary_weights",)
+    weights = Embedder(artifact.path, "fp32").encode("a text", return_dense=False, return_sparse=True)[
+        "lexical_weights"
+    ]
+    assert all(value > 0 for value in weights.values())
+    assert all(0 <= int(token) < 1000 for token in weights)
+
+
+def hidden_states(folder, ids, tmp_path):
+    """What our graph and transformers give for token ids, none of them masked."""
+    checkpoint = resolve_source(str(folder))
+    family = find_family(checkpoint.config["model_type"])
+    build_encoder(family.config(checkpoint.config), weight_finder(family, checkpoint.weights())).save(
+        tmp_path / "m.onnx"
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        theirs = model(torch.tensor(ids), attention_mask=torch.ones(*ids.shape)).last_hidden_state.numpy()
+    return session.run(None, {"input_ids": ids})[0], theirs
+
+
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "mpnet"])
+def test_a_padding_token_written_in_a_text_takes_no_place(checkpoint, tmp_path, family):
+    ids = np.array([[5, 9, 1, 77, 1, 1, 13], [8, 8, 8, 1, 500, 4, 3]], np.int64)
+    ours, theirs = hidden_states(checkpoint(family), ids, tmp_path)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_mpnets_buckets_are_those_of_transformers_at_every_distance(checkpoint, tmp_path):
+    folder = checkpoint("mpnet", max_position_embeddings=514)
+    checkpoint_ = resolve_source(str(folder))
+    found = find_family("mpnet")
+    build_encoder(found.config(checkpoint_.config), weight_finder(found, checkpoint_.weights())).save(
+        tmp_path / "m.onnx"
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    ids = np.random.default_rng(0).integers(5, 1000, (1, 512))
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        expected = model(torch.tensor(ids)).last_hidden_state.numpy()
+    np.testing.assert_allclose(session.run(None, {"input_ids": ids})[0], expected, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def m3(checkpoint, tmp_path_factory):
+    """An artifact of three ways, and its checkpoint: a tiny XLM-R with BGE-M3's heads."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("m3") / "m3"
+    shutil.copytree(checkpoint("xlm-roberta"), folder)
+    torch.manual_seed(1)
+    for name, width in (("sparse_linear", 1), ("colbert_linear", 32)):
+        torch.save(torch.nn.Linear(32, width).state_dict(), folder / f"{name}.pt")
+    return export_model(str(folder), folder.parent / "out"), folder
+
+
+def test_bge_m3_gives_dense_sparse_and_token_vectors(m3):
+    artifact, _ = m3
+    parity = artifact.manifest.variants["fp32"].parity
+    assert parity.cosine_min > 0.99999
+    assert parity.colbert_cosine_min > 0.99999
+    assert parity.sparse_max_diff < 1e-4
+    assert artifact.manifest.skipped_ids == (0, 1, 2, 3)
+    assert artifact.manifest.variants["int8"].parity.cosine_mean > 0.99
+
+
+def test_the_ways_come_together_or_alone_with_the_same_values(m3):
+    embedder = Embedder(m3[0].path, "fp32")
+    texts = ["a text", "another, that is longer", "a text"]
+    whole = embedder.encode(texts, return_dense=True, return_sparse=True, return_colbert_vecs=True)
+    np.testing.assert_array_equal(whole["dense_vecs"], embedder.encode(texts))
+    sparse = embedder.encode(texts, return_dense=False, return_sparse=True)
+    assert (sparse["dense_vecs"], sparse["colbert_vecs"]) == (None, None)
+    assert sparse["lexical_weights"] == whole["lexical_weights"]
+    assert whole["lexical_weights"][0] == whole["lexical_weights"][2]
+    single = embedder.encode(texts[1], return_dense=False, return_colbert_vecs=True)["colbert_vecs"]
+    np.testing.assert_array_equal(single, whole["colbert_vecs"][1])
+    assert single.shape == (embedder.count_tokens(texts[1]) - 1, 32)
+    np.testing.assert_allclose(np.linalg.norm(single, axis=1), 1, atol=1e-5)
+
+
+def test_bge_m3s_scores_are_the_weighted_means_of_its_three_ways(m3):
+    embedder = Embedder(m3[0].path, "fp32")
+    pairs = [("a text", "another, that is longer"), ("a text", "a text")]
+    scores = embedder.compute_score(pairs, weights_for_different_modes=[0.4, 0.2, 0.4])
+    for i in range(2):
+        dense, sparse, colbert = scores["dense"][i], scores["sparse"][i], scores["colbert"][i]
+        assert scores["sparse+dense"][i] == pytest.approx((0.4 * dense + 0.2 * sparse) / 0.6)
+        assert scores["colbert+sparse+dense"][i] == pytest.approx(0.4 * dense + 0.2 * sparse + 0.4 * colbert)
+    assert scores["dense"][1] == pytest.approx(1, abs=1e-5) == scores["colbert"][1]
+    assert embedder.compute_score(pairs[0])["dense"] == pytest.approx(scores["dense"][0])
+
+
+def test_a_reranker_with_more_than_one_label_is_refused(checkpoint, tmp_path):
+    from export.errors import ExportError
+
+    folder = checkpoint("bert", "ForSequenceClassification", num_labels=3)
+    with pytest.raises(ExportError, match="3 labels"):
+        export_model(str(folder), tmp_path / "out", ["fp32"])
+
+
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
+def test_a_rerankers_int8_ranks_as_its_fp32(checkpoint, tmp_path, family):
+    folder = checkpoint(family, "ForSequenceClassification", 0.3, num_labels=1)  # so that scores differ
+    artifact = export_model(str(folder), tmp_path / "out")
+    assert artifact.manifest.variants["int8"].parity.score_spearman > 0.98
+    assert isinstance(Reranker(artifact.path).compute_score(("a query", "a passage")), float)
