@@ -8,21 +8,24 @@ import ir_measures
 import numpy as np
 from scipy.stats import spearmanr
 
-from runtime import Embedder, InputError
+from runtime import Embedder, InputError, Reranker
 from runtime.pooling import Floats
 
 
-def sts_spearman(embedder: Embedder, file: Path) -> float:
-    """Spearman correlation (×100) of cosine with human scores, as MTEB's STS tasks report it.
+def sts_spearman(model: Embedder | Reranker, file: Path) -> float:
+    """Spearman correlation (×100) of cosines or a reranker's scores with human ones, as MTEB's STS tasks report it.
 
     Args:
-        embedder: What embeds.
+        model: What embeds or scores.
         file: CSV rows of sentence, sentence, score.
     """
     with file.open(encoding="utf-8", newline="") as stream:
         left, right, gold = zip(*csv.reader(stream), strict=True)
-    a, b = embedder.encode(left), embedder.encode(right)
-    return 100 * float(spearmanr(_cosines(a, b), np.array(gold, float)).statistic)
+    if isinstance(model, Reranker):
+        scores = np.array(model.compute_score(list(zip(left, right, strict=True))))
+    else:
+        scores = _cosines(model.encode(left), model.encode(right))
+    return 100 * float(spearmanr(scores, np.array(gold, float)).statistic)
 
 
 def retrieval(embedder: Embedder, folder: Path) -> dict[str, float]:
@@ -33,6 +36,22 @@ def retrieval(embedder: Embedder, folder: Path) -> dict[str, float]:
         folder: Holds ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/test.tsv``.
     """
     corpus, queries, qrels = read_beir(folder)
+    return rank_metrics(qrels, _nearest(embedder, corpus, queries))
+
+
+def two_stages(embedder: Embedder, reranker: Reranker, folder: Path) -> dict[str, float]:
+    """``retrieval`` after a reranker has sorted the nearest 100 again."""
+    corpus, queries, qrels = read_beir(folder)
+    run = {}
+    for query, found in _nearest(embedder, corpus, queries).items():
+        ranked = reranker.rank(queries[query], [corpus[document] for document in found])
+        documents = list(found)
+        run[query] = {documents[i]: score for i, score in ranked}
+    return rank_metrics(qrels, run)
+
+
+def _nearest(embedder: Embedder, corpus: dict[str, str], queries: dict[str, str]) -> dict[str, dict[str, float]]:
+    """The 100 documents nearest to each query, and their scores."""
     scores = embedder.encode_queries(list(queries.values())) @ embedder.encode_corpus(list(corpus.values())).T
     best = np.argsort(-scores, axis=1, kind="stable")[:, :100]
     ids = list(corpus)

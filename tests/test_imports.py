@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = {"scipy", "torch", "transformers", "optimum", "onnx", "export", "huggingface_hub", "safetensors"}
+HEAVY = {"scipy", "usearch", "torch", "transformers", "optimum", "onnx", "export", "huggingface_hub", "safetensors"}
 
 
 def loaded_by(code: str) -> set[str]:
@@ -43,7 +43,7 @@ def test_embedding_loads_nothing_heavy(tiny_artifact):
 
 def test_runtime_names_only_its_three_dependencies_and_the_standard_library():
     dependencies = {"runtime", "onnxruntime", "tokenizers", "numpy"}
-    optional = {"scipy"}  # inside sparse_matrix alone
+    optional = {"scipy", "usearch"}  # inside sparse_matrix and Retriever alone
     assert imported_by("runtime") - sys.stdlib_module_names == dependencies | optional
 
 
