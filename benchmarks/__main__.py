@@ -21,6 +21,7 @@ def main() -> None:
     quality.add_argument("artifact", type=Path)
     quality.add_argument("--sts", type=Path, metavar="FILE", help="CSV of sentence, sentence, score")
     quality.add_argument("--beir", type=Path, metavar="DIR", help="corpus.jsonl, queries.jsonl, qrels/test.tsv")
+    quality.add_argument("--variant", metavar="NAME", help="only this one")
     quality.add_argument("--reranker", type=Path, metavar="ARTIFACT", help="sorts the top 100 of --beir again")
     retriever = modes.add_parser("retriever", help="speed and size of indexing, searching and reranking")
     retriever.add_argument("embedder", type=Path)
@@ -38,7 +39,7 @@ def main() -> None:
 def _quality(options: argparse.Namespace) -> dict[str, Mapping[str, float]]:
     manifest = load_manifest(options.artifact)
     rows: dict[str, Mapping[str, float]] = {}
-    for variant in manifest.variants:
+    for variant in [options.variant] if options.variant else manifest.variants:
         model = (Embedder if manifest.kind == "embedder" else Reranker)(options.artifact, variant, device="cpu")
         figures = {"STS Spearman": sts_spearman(model, options.sts)} if options.sts else {}
         if options.beir and isinstance(model, Embedder):

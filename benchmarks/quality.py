@@ -55,8 +55,7 @@ def _nearest(embedder: Embedder, corpus: dict[str, str], queries: dict[str, str]
     scores = embedder.encode_queries(list(queries.values())) @ embedder.encode_corpus(list(corpus.values())).T
     best = np.argsort(-scores, axis=1, kind="stable")[:, :100]
     ids = list(corpus)
-    run = {query: {ids[j]: float(row[j]) for j in top} for query, row, top in zip(queries, scores, best, strict=True)}
-    return rank_metrics(qrels, run)
+    return {query: {ids[j]: float(row[j]) for j in top} for query, row, top in zip(queries, scores, best, strict=True)}
 
 
 def rank_metrics(qrels: dict[str, dict[str, int]], run: dict[str, dict[str, float]]) -> dict[str, float]:

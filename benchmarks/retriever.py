@@ -5,6 +5,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from export.calibrate import calibration_texts
@@ -30,9 +31,9 @@ def retriever_figures(embedder: Embedder, reranker: Reranker, count: int) -> dic
         retriever = Retriever(folder, embedder, reranker)
         stages: dict[str, list[float]] = {"embed": [], "retrieve 100": [], "search, reranked": []}
         for query in queries:
-            stages["embed"].append(_seconds(lambda query=query: embedder.encode_queries(query)))
-            stages["retrieve 100"].append(_seconds(lambda query=query: retriever.retrieve(query, 100)))
-            stages["search, reranked"].append(_seconds(lambda query=query: retriever.search(query, 10)))
+            stages["embed"].append(_seconds(partial(embedder.encode_queries, query)))
+            stages["retrieve 100"].append(_seconds(partial(retriever.retrieve, query)))
+            stages["search, reranked"].append(_seconds(partial(retriever.search, query)))
         retriever.close()
     figures = {"texts": count, "texts/s": count / indexing, "save s": saving, "load s": loading, "MB": size / 1e6}
     return figures | {f"{name} ms": 1000 * statistics.median(times) for name, times in stages.items()}

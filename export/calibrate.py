@@ -85,6 +85,8 @@ def collect(
     for i, value in enumerate(values):
         absmax = np.max([samples[i].absmax for samples in observed], axis=0)
         merged[value] = Sample(absmax, np.concatenate([samples[i].rows for samples in observed]))
+        for samples in observed:
+            samples[i].rows = samples[i].rows[:0]  # a large model's would be held twice
     return merged
 
 

@@ -32,6 +32,8 @@ OUTPUTS = 384
 """About how many outputs are enough to choose a scheme by."""
 MIN_OUTPUTS = 16
 """A linear with fewer outputs isn't worth quantising."""
+ROWS_AT_ONCE = 8192
+"""Of a table, which may take gigabytes."""
 MIN_ROWS = 1024
 """A table with fewer rows (positions, token types) isn't worth quantising."""
 
@@ -272,13 +274,17 @@ def _embedding_nodes(result: Graph, node: onnx.NodeProto) -> list[onnx.NodeProto
     table = result.weights[name]()
     if table.ndim != 2 or len(table) < MIN_ROWS or table.dtype != np.float32:
         return [node]
-    scale = (np.maximum(np.abs(table).max(axis=1, keepdims=True), 1e-12) / 127).astype(np.float32)
-    result.weight(f"{name}.int8", np.rint(table / scale).astype(np.int8))
+    scale, levels = np.empty((len(table), 1), np.float32), np.empty(table.shape, np.int8)
+    for start in range(0, len(table), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        scale[rows] = np.maximum(np.abs(table[rows]).max(axis=1, keepdims=True), 1e-12) / 127
+        levels[rows] = np.rint(table[rows] / scale[rows])
+    result.weight(f"{name}.int8", levels)
     result.weight(f"{name}.scale", scale)
-    levels, floats, scales = (f"{node.output[0]}.{part}" for part in ("int8", "float", "scale"))
+    rounded, floats, scales = (f"{node.output[0]}.{part}" for part in ("int8", "float", "scale"))
     return [
-        helper.make_node("Gather", [f"{name}.int8", indices], [levels], levels),
-        helper.make_node("Cast", [levels], [floats], floats, to=TensorProto.FLOAT),
+        helper.make_node("Gather", [f"{name}.int8", indices], [rounded], rounded),
+        helper.make_node("Cast", [rounded], [floats], floats, to=TensorProto.FLOAT),
         helper.make_node("Gather", [f"{name}.scale", indices], [scales], scales),
         helper.make_node("Mul", [floats, scales], [node.output[0]], node.output[0]),
     ]
