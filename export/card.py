@@ -23,7 +23,9 @@ def figures(parity: Parity) -> dict[str, str]:
     cells = {
         "cosine mean": parity.cosine_mean,
         "min": parity.cosine_min,
+        "token vectors mean": parity.colbert_cosine_mean,
         "token vectors min": parity.colbert_cosine_min,
+        "sparse mean": parity.sparse_cosine_mean,
         "sparse max diff": parity.sparse_max_diff,
         "score max diff": parity.score_max_diff,
         "Spearman": parity.score_spearman,

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from export.calibrate import calibration_pairs, calibration_texts, collect
 from export.card import model_card
@@ -21,7 +22,7 @@ from export.graph import Graph
 from export.quantize import find_linears, quantize_static
 from export.source import Checkpoint, resolve_source
 from export.trace import trace
-from export.verify import reference_answers, verification_texts, verify_variant
+from export.verify import reference_answers, special_ids, verification_texts, verify_variant
 from runtime.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -32,6 +33,9 @@ from runtime.manifest import (
     describe_file,
 )
 from runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import transformers
 
 VARIANTS = ("fp32", "int8")
 TOOLS = ("bge-onnx", "torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers", "numpy")
@@ -91,7 +95,7 @@ def export_model(
     texts = calibration_texts(calibration) if "int8" in variants else []
     with staging_folder(out, force) as stage:
         progress("reading the tokenizer", 0.02)
-        write_tokenizer(checkpoint, stage / TOKENIZER)
+        tokenizer = write_tokenizer(checkpoint, stage / TOKENIZER)
         progress("building the graph", 0.06)
         graph = build_graph(checkpoint)
         described = {}
@@ -103,7 +107,7 @@ def export_model(
                 variant_graph = quantize(graph, checkpoint, stage, texts, rounding)
             described[variant] = write_variant(variant, variant_graph, stage, len(texts))
         progress("asking transformers", 0.6)
-        manifest = write_manifest(checkpoint, stage, described)
+        manifest = write_manifest(checkpoint, stage, described, special_ids(tokenizer))
         questions = verification_texts()
         reference = reference_answers(checkpoint, questions)
         parities = {}
@@ -147,8 +151,8 @@ def quantize(
     return quantize_static(graph, collect(graph, list(inputs), encoded), progress)
 
 
-def write_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
-    """Save the checkpoint's fast tokenizer, converted if it has only a vocabulary.
+def write_tokenizer(checkpoint: Checkpoint, path: Path) -> "transformers.PreTrainedTokenizerFast":
+    """Save the checkpoint's fast tokenizer, converted if it has only a vocabulary, and return it.
 
     Raises:
         ExportError: transformers can't make a fast tokenizer of it.
@@ -171,6 +175,7 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
     backend.no_padding()
     backend.no_truncation()
     path.write_text(backend.to_str(), "utf-8")
+    return tokenizer
 
 
 def write_variant(name: str, graph: Graph, stage: Path, calibration: int) -> Variant:
@@ -188,7 +193,9 @@ def write_variant(name: str, graph: Graph, stage: Path, calibration: int) -> Var
     )
 
 
-def write_manifest(checkpoint: Checkpoint, stage: Path, variants: dict[str, Variant]) -> Manifest:
+def write_manifest(
+    checkpoint: Checkpoint, stage: Path, variants: dict[str, Variant], special: Sequence[int]
+) -> Manifest:
     """Describe what lies in the staging folder; the parity figures are still missing."""
     spec = checkpoint.spec
     assert spec.max_length
@@ -203,7 +210,7 @@ def write_manifest(checkpoint: Checkpoint, stage: Path, variants: dict[str, Vari
         dim=spec.dim or 0,
         max_length=spec.max_length,
         outputs=spec.outputs,
-        skipped_ids=skipped_ids(checkpoint) if "token_weights" in spec.outputs else (),
+        skipped_ids=tuple(special) if "token_weights" in spec.outputs else (),
         pooling=spec.pooling,
         normalize=spec.normalize,
         prompts=spec.prompts,
@@ -213,16 +220,6 @@ def write_manifest(checkpoint: Checkpoint, stage: Path, variants: dict[str, Vari
     )
     (stage / MANIFEST).write_text(manifest.to_json(), "utf-8")
     return manifest
-
-
-def skipped_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Ids of the special tokens that BGE-M3 gives no lexical weight, as FlagEmbedding chooses them."""
-    import transformers  # slow to import
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(checkpoint.folder))
-    names = ("cls_token", "eos_token", "pad_token", "unk_token")
-    tokens = [tokenizer.special_tokens_map[name] for name in names if name in tokenizer.special_tokens_map]
-    return tuple(sorted(set(tokenizer.convert_tokens_to_ids(tokens))))
 
 
 def _tool_versions() -> dict[str, str]:

@@ -22,6 +22,9 @@ from runtime.hybrid import (
 from runtime.model import MAX_TOKENS_PER_RUN, open_model
 from runtime.pooling import Floats, normalize, pool
 
+VOCABULARY_TOKENS_PER_RUN = 512
+"""Bounds memory where each token gets a float per word of the vocabulary (SPLADE): some 60 MB with BERT's."""
+
 OUTPUTS = {
     "last_hidden_state": "dense_vecs",
     "token_weights": "lexical_weights",
@@ -289,8 +292,9 @@ class Embedder:
         if not outputs:
             raise InputError("nothing to return; pass return_dense, return_sparse or return_colbert_vecs")
         ids = self._model.tokenizer.encode(check_texts(texts), truncate)
+        tokens = VOCABULARY_TOKENS_PER_RUN if "vocabulary_weights" in outputs.values() else MAX_TOKENS_PER_RUN
         results: dict[str, Any] = {way: [None] * len(ids) if wanted else None for way, wanted in asked.items()}
-        for batch in plan_batches([len(row) for row in ids], MAX_TOKENS_PER_RUN):
+        for batch in plan_batches([len(row) for row in ids], tokens):
             rows = np.array([ids[i] for i in batch], np.int64)
             for (way, output), values in zip(
                 outputs.items(), self._model.run(list(outputs.values()), rows), strict=True

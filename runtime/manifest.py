@@ -38,8 +38,11 @@ class Parity:
     cosine_mean: float | None = None
     """Of dense vectors."""
     cosine_min: float | None = None
-    colbert_cosine_min: float | None = None
+    colbert_cosine_mean: float | None = None
     """Of the vectors of all tokens."""
+    colbert_cosine_min: float | None = None
+    sparse_cosine_mean: float | None = None
+    """Of texts' lexical weights."""
     sparse_max_diff: float | None = None
     """Greatest difference of a lexical weight; a token that only one side has counts with its weight."""
     score_max_diff: float | None = None

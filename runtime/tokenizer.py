@@ -109,10 +109,6 @@ class Tokenizer:
         """Tokens of each text before any truncation, special tokens included."""
         return [len(body) + self.max_length - self._room for body in self._bodies(texts, "text")]
 
-    def ids_of(self, tokens: Sequence[str]) -> list[int]:
-        """Ids of those tokens that the vocabulary has."""
-        return [i for i in map(self._tokenizer.token_to_id, tokens) if i is not None]
-
     def _report(self, what: str, long: dict[int, int], total: int, truncate: bool) -> None:
         """Warn of what is cut, or refuse it; ``long`` holds the tokens of each text or pair that is too long."""
         if long and not truncate:

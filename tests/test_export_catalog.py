@@ -230,7 +230,7 @@ def test_architecture_and_dimensions_come_from_the_config(describe):
 
 
 def test_a_sequence_classifier_is_a_reranker_unless_modules_make_it_an_embedder(describe):
-    config = {"architectures": ["BertForSequenceClassification"]}
+    config = {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
     assert (describe(config=config).kind, describe(config=config).pooling) == ("reranker", None)
     embedder = describe({"modules.json": modules("Transformer", "Pooling")}, config=config)
     assert (embedder.kind, embedder.pooling) == ("embedder", "mean")
