@@ -4,6 +4,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := artifacts/all-minilm-l6-v2
+# A trained one next to this checkout, else from the hub; without either, the demo shows its first stage alone.
+RERANKER ?= $(firstword $(wildcard ../shared/models/*-reranker) ms-marco-minilm-l6)
 
 .PHONY: install demo test test-long lint fix wheel clean
 
@@ -16,7 +18,9 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/python -m export --model all-minilm-l6-v2 --force
-	$(BIN)/python docs/demo.py $(MODEL)
+	@if $(BIN)/python -m export --model $(RERANKER) --variants int8 --out artifacts/demo-reranker --force; \
+	then $(BIN)/python docs/demo.py $(MODEL) artifacts/demo-reranker; \
+	else $(BIN)/python docs/demo.py $(MODEL); fi
 
 test: install
 	$(BIN)/python -m pytest -m 'not long'

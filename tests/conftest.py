@@ -130,6 +130,80 @@ def tiny_artifact(tiny_checkpoint, tmp_path_factory) -> Path:
     return export_model(str(tiny_checkpoint), tmp_path_factory.mktemp("artifacts") / "tiny-bert").path
 
 
+def tiny_xlmr_config(**changes):
+    """An XLM-R of 2 layers and 32 dimensions with 64 positions."""
+    from transformers import XLMRobertaConfig
+
+    return XLMRobertaConfig(**sizes(max_position_embeddings=66, type_vocab_size=1) | changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_reranker(tmp_path_factory):
+    """A function of a family that gives a tiny random reranker of it: its artifact, fp32 and int8, and checkpoint."""
+    from export.pipeline import export_model
+
+    made = {}
+
+    def make(family: str) -> tuple[Path, Path]:
+        if family not in made:
+            folder = tmp_path_factory.mktemp("rerankers")
+            checkpoint = make_checkpoint(
+                folder / f"tiny-{family}-reranker",
+                {"bert": tiny_bert_config, "xlm-roberta": tiny_xlmr_config}[family](num_labels=1),
+                None,
+                head="ForSequenceClassification",
+                tokenizer={"bert": train_wordpiece, "xlm-roberta": train_unigram}[family],
+                spread=0.3,  # so that scores differ
+            )
+            made[family] = export_model(str(checkpoint), folder / "out").path, checkpoint
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_m3(tmp_path_factory):
+    """What the export of a tiny XLM-R with BGE-M3's heads gave: dense, sparse and token vectors, fp32 and int8."""
+    import torch
+
+    from export.pipeline import export_model
+
+    folder = make_checkpoint(tmp_path_factory.mktemp("m3") / "m3", tiny_xlmr_config(), tokenizer=train_unigram)
+    torch.manual_seed(1)
+    for name, width in (("sparse_linear", 1), ("colbert_linear", 32)):
+        torch.save(torch.nn.Linear(32, width).state_dict(), folder / f"{name}.pt")
+    return export_model(str(folder), folder.parent / "out")
+
+
+def make_splade(folder: Path) -> Path:
+    """Let a masked language model's checkpoint say that it is a SPLADE."""
+    modules = [("MLMTransformer", ""), ("SpladePooling", "1_SpladePooling")]
+    prefix = "sentence_transformers.sparse_encoder.models."
+    (folder / "modules.json").write_text(json.dumps([{"type": prefix + name, "path": path} for name, path in modules]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_splade(tmp_path_factory) -> Path:
+    """The fp32 artifact of a tiny random SPLADE."""
+    from export.pipeline import export_model
+
+    folder = tmp_path_factory.mktemp("splade")
+    checkpoint = make_splade(make_checkpoint(folder / "splade", tiny_bert_config(), None, head="ForMaskedLM"))
+    return export_model(str(checkpoint), folder / "out", ["fp32"]).path
+
+
+def flag_embedding_pair(tokenizer, query: str, passage: str, max_length: int):
+    """A pair as FlagEmbedding's ``FlagReranker`` tokenises it, by transformers' tokenizer."""
+    cut = dict(add_special_tokens=False, truncation=True)
+    return tokenizer.prepare_for_model(
+        tokenizer(query, max_length=max_length * 3 // 4, **cut)["input_ids"],
+        tokenizer(passage, max_length=max_length, **cut)["input_ids"],
+        truncation="only_second",
+        max_length=max_length,
+    )
+
+
 @pytest.fixture
 def copied(tmp_path):
     """A function that copies a folder, so that a test may spoil it."""
@@ -152,6 +226,18 @@ def edited(copied):
         return copy
 
     return edit
+
+
+def reseal(folder: Path) -> Path:
+    """Write an artifact's sizes and checksums anew, as who alters a file and means it would."""
+    from runtime.manifest import describe_file
+
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    for name in manifest["files"]:
+        described = describe_file(folder / name)
+        manifest["files"][name] = {"sha256": described.sha256, "size": described.size}
+    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    return folder
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """Every family that is built gives what transformers gives, in each of its outputs, and int8 stays close."""
 
-import json
-
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 import transformers
-from conftest import make_checkpoint, sizes, tiny_bert_config, train_unigram
+from conftest import make_checkpoint, make_splade, sizes, tiny_bert_config, tiny_xlmr_config, train_unigram
 
 from export.encoder import build_encoder
 from export.families import find_family, weight_finder
@@ -20,9 +18,7 @@ pytestmark = pytest.mark.usefixtures("few_texts")
 CONFIGS = {
     "bert": tiny_bert_config,
     "roberta": lambda **changes: transformers.RobertaConfig(**sizes(max_position_embeddings=66) | changes),
-    "xlm-roberta": lambda **changes: transformers.XLMRobertaConfig(
-        **sizes(max_position_embeddings=66, type_vocab_size=1) | changes
-    ),
+    "xlm-roberta": tiny_xlmr_config,
     "camembert": lambda **changes: transformers.CamembertConfig(**sizes(max_position_embeddings=66) | changes),
     "distilbert": lambda **changes: transformers.DistilBertConfig(
         vocab_size=1000, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64, **changes
@@ -78,10 +74,7 @@ def test_a_reranker_has_the_logits_of_transformers(checkpoint, tmp_path, family)
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta"])
 def test_a_splade_has_the_weights_of_transformers(checkpoint, tmp_path, family):
-    folder = checkpoint(family, "ForMaskedLM")
-    modules = [("MLMTransformer", ""), ("SpladePooling", "1_SpladePooling")]
-    prefix = "sentence_transformers.sparse_encoder.models."
-    (folder / "modules.json").write_text(json.dumps([{"type": prefix + name, "path": path} for name, path in modules]))
+    folder = make_splade(checkpoint(family, "ForMaskedLM"))
     artifact = export_model(str(folder), tmp_path / "out")
     parity = {name: variant.parity for name, variant in artifact.manifest.variants.items()}
     assert parity["fp32"].sparse_max_diff < 1e-4
@@ -129,21 +122,8 @@ def test_mpnets_buckets_are_those_of_transformers_at_every_distance(checkpoint, 
     np.testing.assert_allclose(session.run(None, {"input_ids": ids})[0], expected, atol=2e-4)
 
 
-@pytest.fixture(scope="module")
-def m3(checkpoint, tmp_path_factory):
-    """An artifact of three ways, and its checkpoint: a tiny XLM-R with BGE-M3's heads."""
-    import shutil
-
-    folder = tmp_path_factory.mktemp("m3") / "m3"
-    shutil.copytree(checkpoint("xlm-roberta"), folder)
-    torch.manual_seed(1)
-    for name, width in (("sparse_linear", 1), ("colbert_linear", 32)):
-        torch.save(torch.nn.Linear(32, width).state_dict(), folder / f"{name}.pt")
-    return export_model(str(folder), folder.parent / "out"), folder
-
-
-def test_bge_m3_gives_dense_sparse_and_token_vectors(m3):
-    artifact, _ = m3
+def test_bge_m3_gives_dense_sparse_and_token_vectors(tiny_m3):
+    artifact = tiny_m3
     parity = artifact.manifest.variants["fp32"].parity
     assert parity.cosine_min > 0.99999
     assert parity.colbert_cosine_min > 0.99999
@@ -152,8 +132,8 @@ def test_bge_m3_gives_dense_sparse_and_token_vectors(m3):
     assert artifact.manifest.variants["int8"].parity.cosine_mean > 0.99
 
 
-def test_the_ways_come_together_or_alone_with_the_same_values(m3):
-    embedder = Embedder(m3[0].path, "fp32")
+def test_the_ways_come_together_or_alone_with_the_same_values(tiny_m3):
+    embedder = Embedder(tiny_m3.path, "fp32")
     texts = ["a text", "another, that is longer", "a text"]
     whole = embedder.encode(texts, return_dense=True, return_sparse=True, return_colbert_vecs=True)
     np.testing.assert_array_equal(whole["dense_vecs"], embedder.encode(texts))
@@ -167,8 +147,8 @@ def test_the_ways_come_together_or_alone_with_the_same_values(m3):
     np.testing.assert_allclose(np.linalg.norm(single, axis=1), 1, atol=1e-5)
 
 
-def test_bge_m3s_scores_are_the_weighted_means_of_its_three_ways(m3):
-    embedder = Embedder(m3[0].path, "fp32")
+def test_bge_m3s_scores_are_the_weighted_means_of_its_three_ways(tiny_m3):
+    embedder = Embedder(tiny_m3.path, "fp32")
     pairs = [("a text", "another, that is longer"), ("a text", "a text")]
     scores = embedder.compute_score(pairs, weights_for_different_modes=[0.4, 0.2, 0.4])
     for i in range(2):

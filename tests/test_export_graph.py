@@ -1,19 +1,27 @@
 """The graphs that are built: valid, of the operators that are fast, true to transformers, and written in a stream."""
 
+import hashlib
+import itertools
 import json
+import shutil
 import weakref
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from conftest import reseal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from export.families import find_family
-from export.graph import Graph, float_value, load_graph
+from export.graph import PAGE, Graph, float_value, load_graph
+from export.pipeline import export_model
+from runtime import ArtifactError, Embedder, Reranker
+from runtime.manifest import File, load_manifest
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +146,145 @@ def test_what_the_bert_family_cant_express_is_left_to_tracing(tiny_checkpoint, s
     config = json.loads((tiny_checkpoint / "config.json").read_text())
     assert find_family("bert").config(config)
     assert find_family("bert").config(config | setting) is None
+
+
+@pytest.fixture(scope="module")
+def apart(tiny_checkpoint, tmp_path_factory):
+    """The tiny BERT's artifact as that of a model past protobuf's limit: its weights in files of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.graph.PROTOBUF_LIMIT", 1000)
+        return export_model(str(tiny_checkpoint), tmp_path_factory.mktemp("apart") / "out").path
+
+
+@pytest.mark.parametrize("variant", ["fp32", "int8"])
+def test_a_model_past_the_limit_gives_the_same_vectors_to_the_bit(apart, tiny_artifact, variant):
+    texts = ["a river of light", "", "bread " * 99, "bread"]
+    expected = Embedder(tiny_artifact, variant, device="cpu").encode(texts)
+    np.testing.assert_array_equal(Embedder(apart, variant, device="cpu").encode(texts), expected)
+
+
+def test_the_files_of_the_weights_are_in_the_manifest_and_nothing_else_is_left(apart):
+    manifest = load_manifest(apart)
+    data = {f"model.{variant}.onnx.data" for variant in ("fp32", "int8")}
+    assert {variant.data for variant in manifest.variants.values()} == data
+    assert {path.name for path in apart.iterdir()} == {"README.md", "manifest.json", *manifest.files}
+    for name in data:
+        content = (apart / name).read_bytes()
+        assert manifest.files[name] == File(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+        assert len(content) > PAGE
+    card = (apart / "README.md").read_text("utf-8")
+    assert f"| fp32 | {manifest.files['model.fp32.onnx.data'].size / 1e6:.1f} MB |" in card
+
+
+def test_only_large_weights_lie_apart_each_at_the_start_of_a_page(apart):
+    model = onnx.load(apart / "model.fp32.onnx", load_external_data=False)
+    size, places = (apart / "model.fp32.onnx.data").stat().st_size, []
+    for tensor in model.graph.initializer:
+        nbytes = int(np.prod(tensor.dims)) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        assert (tensor.data_location == onnx.TensorProto.EXTERNAL) == (nbytes >= PAGE)
+        if nbytes >= PAGE:
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            assert (place["location"], int(place["length"])) == ("model.fp32.onnx.data", nbytes)
+            places.append((int(place["offset"]), int(place["offset"]) + nbytes))
+    assert places and all(start % PAGE == 0 for start, _ in places)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(sorted(places)))
+    assert max(end for _, end in places) == size
+
+
+def test_an_artifact_without_large_weights_has_no_file_of_them(tiny_artifact):
+    assert {variant.data for variant in load_manifest(tiny_artifact).variants.values()} == {None}
+    assert not list(tiny_artifact.glob("*.data"))
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_weights_lie_apart_from_the_limit_on_and_are_read_back(tmp_path, monkeypatch, over):
+    values = {f"w{i}": np.random.default_rng(i).random((40 + i, 50)).astype(np.float32) for i in range(3)}
+    values |= {"small": np.arange(5), "transposed": values["w2"].T, "bytes": np.ones(PAGE + 1, np.uint8)}
+    graph = Graph(outputs=[float_value("y")])
+    for name, value in values.items():
+        graph.weight(name, value)
+    monkeypatch.setattr("export.graph.PROTOBUF_LIMIT", sum(value.nbytes for value in values.values()) - over)
+    data = graph.save(tmp_path / "model.onnx")
+    assert data == (tmp_path / "model.onnx.data" if over else None)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "model.onnx", *([data] if data else [])]
+    read = load_graph(tmp_path / "model.onnx")
+    assert read.weights.keys() == values.keys()
+    for name, value in values.items():
+        assert read.weights[name]().dtype == value.dtype
+        np.testing.assert_array_equal(read.weights[name](), value)
+
+
+def test_a_reranker_past_the_limit_scores_the_same(tiny_reranker, tmp_path, monkeypatch, few_texts):
+    artifact, checkpoint = tiny_reranker("bert")
+    monkeypatch.setattr("export.graph.PROTOBUF_LIMIT", 1000)
+    apart = export_model(str(checkpoint), tmp_path / "out", ["fp32"]).path
+    pairs = [("a query", "a passage"), ("bread", "a river of light")]
+    assert Reranker(apart, "fp32").compute_score(pairs) == Reranker(artifact, "fp32").compute_score(pairs)
+
+
+def test_an_exported_model_past_the_limit_can_be_moved(apart, copied):
+    moved = copied(apart)
+    np.testing.assert_array_equal(Embedder(moved, "fp32").encode("a"), Embedder(apart, "fp32").encode("a"))
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("variant", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (flip_a_byte, "SHA-256"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes where the manifest says"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "bytes where the manifest says"),
+        (lambda path: path.write_bytes(b""), "0 bytes where the manifest says"),
+        (lambda path: path.unlink(), "No such file"),
+    ],
+    ids=["altered", "truncated", "grown", "emptied", "missing"],
+)
+def test_weights_that_are_not_as_exported_are_never_loaded(apart, copied, variant, spoil, says):
+    folder = copied(apart)
+    path = folder / f"model.{variant}.onnx.data"
+    spoil(path)
+    with pytest.raises(ArtifactError, match=says) as caught:
+        Embedder(folder, variant, device="cpu")
+    assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "..", "a/b", "", "C:x"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_manifest_whose_weights_lie_elsewhere_is_refused(apart, edited, name, listed):
+    def change(data):
+        data["variants"]["fp32"]["data"] = name
+        if listed:
+            data["files"][name] = data["files"]["model.fp32.onnx.data"]
+
+    with pytest.raises(ArtifactError, match="is not a plain file name"):
+        Embedder(edited(apart, change), "fp32")
+
+
+def test_weights_without_a_checksum_are_refused(apart, edited):
+    with pytest.raises(ArtifactError, match="model.fp32.onnx.data has no checksum"):
+        Embedder(edited(apart, lambda data: data["files"].pop("model.fp32.onnx.data")), "fp32")
+
+
+@pytest.mark.parametrize("spot", ["beside", "absolute", "missing"])
+def test_a_graph_whose_weights_lie_outside_its_folder_is_refused(apart, copied, spot):
+    """Even one whose checksum is right, as of an artifact that was made to read other files."""
+    folder = copied(apart)
+    outside = Path(shutil.copy(folder / "model.fp32.onnx.data", folder.parent / "outside.data"))
+    location = {"beside": "../outside.data", "absolute": str(outside), "missing": "nothing.data"}[spot]
+    model = onnx.load(folder / "model.fp32.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    (folder / "model.fp32.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(ArtifactError, match="can't load it") as caught:
+        Embedder(reseal(folder), "fp32")
+    assert str(caught.value).startswith(f"{folder / 'model.fp32.onnx'}: ")
+    assert len(str(caught.value).splitlines()) == 1

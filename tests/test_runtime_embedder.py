@@ -110,6 +110,62 @@ def test_a_megabyte_of_text_embeds_as_its_beginning(embedder):
     np.testing.assert_array_equal(embedder.encode(words), embedder.encode(beginning))
 
 
+@given(batch=corpus)
+@settings(deadline=None, max_examples=10)
+def test_a_text_that_fits_has_the_same_vector_to_the_bit_in_pieces(embedder, alone, batch):
+    """Beside others that are longer, too."""
+    vectors = embedder.encode(batch, chunk=True)
+    for text, count, vector in zip(batch, embedder.count_tokens(batch), vectors, strict=True):
+        if count <= embedder.max_length:
+            np.testing.assert_array_equal(vector, alone(text))
+
+
+@pytest.mark.parametrize("over", [1, 100, 254, 255, 600])
+def test_a_text_too_long_is_the_mean_of_its_pieces_weighted_by_tokens(embedder, over):
+    room = embedder.max_length - 2
+    words = sentence(over, room + over).split()
+    pieces = [" ".join(words[start : start + room]) for start in range(0, len(words), room)]
+    tokens = embedder.count_tokens(pieces)
+    assert sum(tokens) == len(words) + 2 * len(pieces)
+    expected = np.average(embedder.encode(pieces).astype(np.float64), axis=0, weights=tokens)
+    vector = embedder.encode(" ".join(words), chunk=True)
+    np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=1e-6)
+    assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
+    assert abs(vector - embedder.encode(" ".join(words))).max() > 1e-4  # it is read whole
+
+
+def test_pieces_are_the_same_to_the_bit_in_any_batch(embedder):
+    texts = [sentence(i, words) for i, words in enumerate([300, 0, 5, 520, 300, 254])]
+    together = embedder.encode(texts, chunk=True)
+    np.testing.assert_array_equal(together[::-1], embedder.encode(texts[::-1], chunk=True))
+    np.testing.assert_array_equal(together, [embedder.encode(text, chunk=True) for text in texts])
+
+
+def test_pieces_have_shape_and_dimensions_as_any_text(tiny, caplog):
+    texts = ["a", "a " * 999, ""]
+    vectors = tiny.encode(texts, chunk=True)
+    assert (vectors.shape, vectors.dtype) == ((3, 32), np.float32)
+    assert tiny.encode([], chunk=True).shape == (0, 32)
+    cut = tiny.encode(texts, chunk=True, truncate_dim=8)
+    assert cut.shape == (3, 8)
+    np.testing.assert_allclose(np.linalg.norm(cut, axis=1), 1, atol=1e-6)
+    np.testing.assert_array_equal(tiny.encode(texts, chunk=True, truncate=False), vectors)  # nothing is cut
+    assert not caplog.records
+
+
+def test_pieces_of_a_model_that_does_not_normalize_are_averaged_as_they_are(tiny_artifact, edited):
+    raw = Embedder(edited(tiny_artifact, lambda data: data.update(normalize=False)), "fp32")
+    pieces = raw.encode(["a " * 62, "a " * 10]).astype(np.float64)
+    expected = np.average(pieces, axis=0, weights=[64, 12])
+    np.testing.assert_allclose(raw.encode("a " * 72, chunk=True), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_bad_texts_are_named_when_read_in_pieces(tiny):
+    for bad, says in ((7, "^text 1 is int"), ("\ud800", "^text 1 has a lone surrogate")):
+        with pytest.raises(InputError, match=says):
+            tiny.encode(["a", bad], chunk=True)
+
+
 @pytest.mark.parametrize(
     ("texts", "shape"),
     [

@@ -45,15 +45,8 @@ def embedder(tiny_artifact):
 
 
 @pytest.fixture(scope="module")
-def reranker(tmp_path_factory):
-    from conftest import make_checkpoint, tiny_bert_config
-
-    from export.pipeline import export_model
-
-    folder = tmp_path_factory.mktemp("reranker")
-    config = tiny_bert_config(num_labels=1)
-    checkpoint = make_checkpoint(folder / "r", config, None, head="ForSequenceClassification")
-    return Reranker(export_model(str(checkpoint), folder / "out", ["fp32"]).path)
+def reranker(tiny_reranker):
+    return Reranker(tiny_reranker("bert")[0], "fp32")
 
 
 @pytest.fixture

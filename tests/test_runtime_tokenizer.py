@@ -4,20 +4,20 @@ import json
 import logging
 
 import pytest
+from conftest import flag_embedding_pair
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from runtime import ArtifactError, InputError
 from runtime.tokenizer import Tokenizer
 
+SPECIAL = ["[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]", "<s>", "</s>", "<pad>", "<unk>", "<mask>"]
 texts = st.text(max_size=60) | st.lists(
-    st.sampled_from(
-        ["[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]", " ", "river", "Running", "naïve", "山", "##ing", "é́"]
-    )
+    st.sampled_from([*SPECIAL, " ", "river", "Running", "naïve", "山", "##ing", "▁", "é́"])
 ).map("".join)
 
 
-@pytest.fixture(scope="module", params=["minilm", "tiny"])
+@pytest.fixture(scope="module", params=["minilm", "tiny", "xlm-roberta"])
 def both(request):
     """The runtime's tokenizer as a function of the maximum length, and transformers' of the same checkpoint."""
     import transformers
@@ -26,6 +26,8 @@ def both(request):
         from export.source import resolve_source
 
         artifact, checkpoint = request.getfixturevalue("minilm"), resolve_source("all-minilm-l6-v2").folder
+    elif request.param == "xlm-roberta":
+        artifact, checkpoint = request.getfixturevalue("tiny_reranker")("xlm-roberta")
     else:
         artifact, checkpoint = (request.getfixturevalue(f"tiny_{kind}") for kind in ("artifact", "checkpoint"))
     return lambda length: Tokenizer(artifact / "tokenizer.json", length), (
@@ -60,6 +62,69 @@ def test_real_texts_tokenize_as_in_transformers(both):
     make, reference = both
     texts = verification_texts()
     assert make(64).encode(texts) == reference(texts, truncation=True, max_length=64)["input_ids"]
+
+
+@given(pairs=st.lists(st.tuples(texts, texts), max_size=4), max_length=st.integers(17, 40))
+@settings(deadline=None, max_examples=150)
+@example(pairs=[("", ""), ("", "a " * 99), ("a " * 99, ""), ("a " * 99, "a " * 99), ("[SEP]</s>", "\0")], max_length=20)
+def test_pairs_are_tokenized_as_flag_embedding_does(both, pairs, max_length):
+    make, reference = both
+    expected = [flag_embedding_pair(reference, *pair, max_length) for pair in pairs]
+    encoded = make(max_length).encode_pairs(pairs)
+    assert [ids for ids, _ in encoded] == [inputs["input_ids"] for inputs in expected]
+    types = [inputs.get("token_type_ids", [0] * len(inputs["input_ids"])) for inputs in expected]
+    assert [row for _, row in encoded] == types
+
+
+@given(pair=st.tuples(texts, texts), max_length=st.integers(3, 24))
+@settings(deadline=None, max_examples=100)
+@example(pair=("a " * 99, "a " * 99), max_length=5)
+@example(pair=("a " * 99, ""), max_length=11)
+@example(pair=("a " * 99, "a"), max_length=15)
+def test_no_pair_is_longer_than_the_maximum(both, pair, max_length):
+    try:
+        tokenizer = both[0](max_length)
+        ((ids, types),) = tokenizer.encode_pairs([pair])
+    except (ArtifactError, InputError):  # no room beside the special tokens
+        return
+    assert len(ids) == len(types) <= max_length
+
+
+def test_real_pairs_tokenize_as_in_flag_embedding(both):
+    from export.verify import verification_pairs, verification_texts
+
+    make, reference = both
+    pairs = verification_pairs(verification_texts())
+    expected = [flag_embedding_pair(reference, *pair, 64)["input_ids"] for pair in pairs]
+    assert [ids for ids, _ in make(64).encode_pairs(pairs)] == expected
+
+
+@given(batch=st.lists(texts, max_size=4), max_length=st.integers(3, 24))
+@settings(deadline=None, max_examples=100)
+@example(batch=["", "a " * 99, "a"], max_length=3)
+@example(batch=["a " * 20, "a " * 21], max_length=12)
+def test_the_pieces_of_a_text_hold_all_of_it_once_in_order(both, batch, max_length):
+    make, reference = both
+    tokenizer = make(max_length)
+    pieces = tokenizer.encode_chunks(batch)
+    for text, rows in zip(batch, pieces, strict=True):
+        first, *_, last = reference("")["input_ids"]
+        assert all((row[0], row[-1]) == (first, last) for row in rows)
+        body = [token for row in rows for token in row[1:-1]]
+        assert body == reference(text, add_special_tokens=False)["input_ids"]
+        assert all(len(row) == max_length for row in rows[:-1])
+        assert 2 + bool(body) <= len(rows[-1]) <= max_length
+        assert (len(rows) == 1) == (len(body) <= max_length - 2)
+    assert [rows[0] for rows in pieces] == tokenizer.encode(batch)
+
+
+def test_pieces_are_neither_logged_nor_refused(tokenizer, caplog):
+    with caplog.at_level(logging.WARNING, "runtime"):
+        assert [len(rows) for rows in tokenizer.encode_chunks(["a b c d e f g", "", "a"])] == [2, 1, 1]
+        assert tokenizer.encode_chunks([]) == []
+    assert not caplog.records
+    with pytest.raises(InputError, match="^text 6 has a lone surrogate at character 0"):
+        tokenizer.encode_chunks(["a", "\ud800"], first=5)
 
 
 def test_a_text_that_fits_exactly_is_neither_cut_nor_refused(tokenizer, caplog):
