@@ -1,1 +1,1 @@
-"""Speed and quality, measured; nothing here ships in the wheel."""
+"""Speed, cost and quality, side by side with what people use today; nothing here ships in the wheel."""

@@ -1,60 +1,225 @@
-"""``python -m benchmarks quality …`` and ``python -m benchmarks retriever …``: figures of exported artifacts."""
+"""The command line: parses and prints; everything it does can be called from Python."""
 
 import argparse
-from collections.abc import Mapping
+import contextlib
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
-from rich.console import Console
-from rich.table import Table
+try:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.quality import retrieval, sts_spearman, two_stages
-from benchmarks.retriever import retriever_figures
-from runtime import Embedder, Reranker
-from runtime.manifest import load_manifest
+    from benchmarks import client, machine, quality, report
+    from benchmarks.data import read_beir, read_sts
+    from benchmarks.errors import DataError, EngineError
+    from benchmarks.results import Journal, Result
+    from benchmarks.retriever import measure_retriever
+    from benchmarks.speed import PROFILES, Bench, measure_speed
+    from benchmarks.subject import open_subject, plan_jobs
+    from runtime import Embedder, Reranker
+    from runtime.errors import BgeOnnxError
+    from runtime.manifest import load_manifest
+    from runtime.session import usable_cpus
+except ImportError as missing:
+    sys.exit(f"error: {missing.name} isn't installed; run: pip install 'bge-onnx[cpu,retrieve,export,bench]'")
 
-
-def main() -> None:
-    """Parse, measure, and print one table."""
-    parser = argparse.ArgumentParser("python -m benchmarks", description="Figures of exported artifacts.")
-    modes = parser.add_subparsers(dest="mode", required=True)
-    quality = modes.add_parser("quality", help="of each variant of an embedder or reranker")
-    quality.add_argument("artifact", type=Path)
-    quality.add_argument("--sts", type=Path, metavar="FILE", help="CSV of sentence, sentence, score")
-    quality.add_argument("--beir", type=Path, metavar="DIR", help="corpus.jsonl, queries.jsonl, qrels/test.tsv")
-    quality.add_argument("--variant", metavar="NAME", help="only this one")
-    quality.add_argument("--reranker", type=Path, metavar="ARTIFACT", help="sorts the top 100 of --beir again")
-    retriever = modes.add_parser("retriever", help="speed and size of indexing, searching and reranking")
-    retriever.add_argument("embedder", type=Path)
-    retriever.add_argument("reranker", type=Path)
-    retriever.add_argument("--texts", type=int, default=100_000, help="short texts to index (default: 100,000)")
-    options = parser.parse_args()
-    rows = _quality(options) if options.mode == "quality" else {"": _retriever(options)}
-    table = Table("", *next(iter(rows.values())), box=None)
-    for name, figures in rows.items():
-        table.add_row(name, *(f"{value:.4f}" if value < 2 else f"{value:,.2f}" for value in figures.values()))
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 200)
+RESULTS = Path(__file__).parent / "results"
 
 
-def _quality(options: argparse.Namespace) -> dict[str, Mapping[str, float]]:
-    manifest = load_manifest(options.artifact)
-    rows: dict[str, Mapping[str, float]] = {}
-    for variant in [options.variant] if options.variant else manifest.variants:
-        model = (Embedder if manifest.kind == "embedder" else Reranker)(options.artifact, variant, device="cpu")
-        figures = {"STS Spearman": sts_spearman(model, options.sts)} if options.sts else {}
-        if options.beir and isinstance(model, Embedder):
-            if options.reranker:
-                figures |= two_stages(model, Reranker(options.reranker, device="cpu"), options.beir)
-            else:
-                figures |= retrieval(model, options.beir)
-        rows[variant] = figures
-    return rows
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 1 on an error, 2 on bad usage, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    errors = _errors()
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return options.action(options) or 0
+    except BgeOnnxError as error:
+        errors.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}")
+        return 1
+    except KeyboardInterrupt:
+        errors.print("[red]interrupted:[/red] what was measured is kept; go on with the same command and --resume")
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
-def _retriever(options: argparse.Namespace) -> Mapping[str, float]:
-    embedder, reranker = Embedder(options.embedder, device="cpu"), Reranker(options.reranker, device="cpu")
-    return retriever_figures(embedder, reranker, options.texts)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks", description="Speed, cost and quality beside the peers'.")
+    modes = parser.add_subparsers(required=True, metavar="MODE")
+    for name, action, text in (
+        ("all", _all, "everything below that is measured"),
+        ("speed", _speed, "throughput, latency, cold start and memory"),
+        ("quality", _quality, "STS, retrieval, and retrieval in two stages"),
+        ("retriever", _retriever, "indexing and searching with our Retriever"),
+    ):
+        mode = modes.add_parser(name, help=text)
+        mode.set_defaults(action=action)
+        mode.add_argument("artifact", type=Path, help="of an embedder (or, for quality, a reranker)")
+        mode.add_argument("--checkpoint", help="what it was exported from, for the peers (default: by its name)")
+        mode.add_argument("--reranker", type=Path, metavar="ARTIFACT", help="sorts what the embedder finds again")
+        mode.add_argument("--reranker-checkpoint", metavar="CHECKPOINT", help="what the reranker was exported from")
+        mode.add_argument("--engines", metavar="NAMES", help="such as ours,optimum:int8 (default: all)")
+        mode.add_argument("--reranker-engines", metavar="NAMES", default="ours:int8", help="default: ours:int8")
+        mode.add_argument("--sts", type=Path, metavar="PATH", help="CSV of sentence, sentence, score, or its folder")
+        mode.add_argument("--beir", type=Path, metavar="DIR", help="corpus.jsonl, queries.jsonl, qrels/test.tsv")
+        mode.add_argument("--threads", type=int, default=usable_cpus(), help="of every engine (default: all)")
+        mode.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        mode.add_argument("--profile", choices=PROFILES, default="quick", help="how much is measured (default: quick)")
+        mode.add_argument("--results", type=Path, metavar="FILE", help=f"default: {RESULTS.name}/PROFILE.jsonl")
+        mode.add_argument(
+            "--resume", metavar="RUN", nargs="?", const="last", help="go on with a run (default: the last)"
+        )
+    reported = modes.add_parser("report", help="tables and plots, and the README's section")
+    reported.set_defaults(action=_report)
+    reported.add_argument("results", type=Path, nargs="?", default=RESULTS / "full.jsonl", help="default: full.jsonl")
+    reported.add_argument("--readme", type=Path, help="update the section between its markers")
+    installed = modes.add_parser("install", help="make environments for the engines that need one of their own")
+    installed.set_defaults(action=_install)
+    installed.add_argument("engines", nargs="*", help=f"default: {' '.join(client.separate_engines())}")
+    return parser
+
+
+def _all(options: argparse.Namespace) -> None:
+    journal = _journal(options)
+    _measure_speed(options, journal)
+    _measure_quality(options, journal)
+    if options.reranker:
+        _measure_retriever(options, journal)
+
+
+def _speed(options: argparse.Namespace) -> None:
+    _measure_speed(options, _journal(options))
+
+
+def _quality(options: argparse.Namespace) -> None:
+    _measure_quality(options, _journal(options))
+
+
+def _retriever(options: argparse.Namespace) -> None:
+    if not options.reranker:
+        raise DataError("retriever: has no second stage to measure; pass --reranker ARTIFACT")
+    _measure_retriever(options, _journal(options))
+
+
+def _measure_speed(options: argparse.Namespace, journal: Journal) -> None:
+    with _progress() as show:
+        for bench in _benches(options, journal):
+            measure_speed(dataclasses.replace(bench, progress=show))
+
+
+def _benches(options: argparse.Namespace, journal: Journal) -> Iterator[Bench]:
+    """Of the artifact, and of a reranker if its engines are named."""
+    corpus = list(read_beir(options.beir).corpus.values()) if options.beir else None
+    chosen = [(options.artifact, options.checkpoint, options.engines)]
+    if options.reranker:
+        chosen.append((options.reranker, options.reranker_checkpoint, options.reranker_engines))
+    for artifact, checkpoint, engines in chosen:
+        subject = open_subject(artifact, checkpoint)
+        yield Bench(
+            subject=subject,
+            jobs=plan_jobs(subject, engines, threads=options.threads, device=options.device),
+            profile=PROFILES[options.profile],
+            journal=journal,
+            corpus=corpus,
+            found=_say,
+            left_out=_warn,
+        )
+
+
+def _measure_quality(options: argparse.Namespace, journal: Journal) -> None:
+    subject = open_subject(options.artifact, options.checkpoint)
+    jobs = plan_jobs(subject, options.engines, threads=options.threads, device=options.device)
+    name, prompts = subject.manifest.name, subject.manifest.prompts
+    if options.sts:
+        pairs = read_sts(options.sts)
+        for job in jobs:
+            _attempt(quality.measure_sts, job, name, pairs, journal)
+    if options.beir and subject.manifest.kind == "embedder":
+        data = read_beir(options.beir)
+        for job in jobs:
+            _attempt(quality.measure_retrieval, job, name, data, prompts, journal)
+        if options.reranker:
+            second = open_subject(options.reranker, options.reranker_checkpoint)
+            firsts = [job for job in jobs if job.engine == "ours"]
+            for job in plan_jobs(second, options.reranker_engines, threads=options.threads, device=options.device):
+                names = name, second.manifest.name
+                with _progress() as show:
+                    _attempt(quality.measure_two_stages, firsts, job, names, data, prompts, journal, show)
+
+
+def _measure_retriever(options: argparse.Namespace, journal: Journal) -> None:
+    reranker = Reranker(options.reranker, device=options.device, threads=options.threads)
+    for variant in load_manifest(options.artifact).variants:
+        embedder = Embedder(options.artifact, variant, device=options.device, threads=options.threads)
+        _attempt(measure_retriever, embedder, reranker, PROFILES[options.profile].indexed, journal)
+
+
+def _attempt(measure: Callable[..., list[Result]], *arguments: object) -> None:
+    try:
+        for result in measure(*arguments):
+            _say(result)
+    except EngineError as error:
+        _warn(error)
+
+
+def _say(result: Result) -> None:
+    settings = " ".join(str(value) for value in result.settings.values())
+    figures = ", ".join(f"{name} {figure.median:.5g}" for name, figure in result.figures.items())
+    _errors().print(escape(f"{result.benchmark} {result.engine} {result.variant}, {settings}: {figures}"))
+
+
+def _warn(error: EngineError) -> None:
+    _errors().print(f"[yellow]left out:[/yellow] {escape(' '.join(str(error).split()))}")
+
+
+def _errors() -> Console:
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def _report(options: argparse.Namespace) -> None:
+    readme = options.readme
+    source = os.path.relpath(options.results, readme.parent) if readme else options.results.name
+    text = report.section(report.newest_results(options.results), source)
+    if readme:
+        report.update_readme(readme, text)
+    else:
+        sys.stdout.write(text)
+
+
+def _install(options: argparse.Namespace) -> None:
+    for engine in options.engines or client.separate_engines():
+        client.install(engine)
+
+
+def _journal(options: argparse.Namespace) -> Journal:
+    path = options.results or RESULTS / f"{options.profile}.jsonl"
+    return Journal(path, options.resume, machine=machine.describe_machine(), commit=machine.commit(client.ROOT))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float], object]]:
+    """A bar, where there is a terminal to draw it on."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
+    screen = Console(stderr=True)
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda step, share: bar.update(task, description=step, completed=share)
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,93 +1,165 @@
-"""Quality of an artifact on data in the usual layouts: STS pairs, and retrieval in BEIR's."""
+"""Quality: STS, retrieval, and retrieval in two stages, of every engine by the same rule."""
 
-import csv
-import json
-from pathlib import Path
+import time
+from collections.abc import Callable, Sequence
 
 import ir_measures
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from runtime import Embedder, InputError, Reranker
-from runtime.pooling import Floats
+from benchmarks.client import Worker, prepared
+from benchmarks.data import Beir, Pairs
+from benchmarks.results import Figure, Journal, Result
+from benchmarks.worker import Job
+
+BATCH = 32
+CANDIDATES = 100
+"""How many documents the first stage finds, and the second sorts again."""
+CHUNK = 2000
+"""Pairs that a reranker is handed at once, so that progress shows."""
+
+Floats = NDArray[np.float32]
+Ranking = dict[str, dict[str, float]]
+"""Scores by query and document."""
 
 
-def sts_spearman(model: Embedder | Reranker, file: Path) -> float:
-    """Spearman correlation (×100) of cosines or a reranker's scores with human ones, as MTEB's STS tasks report it.
-
-    Args:
-        model: What embeds or scores.
-        file: CSV rows of sentence, sentence, score.
-    """
-    with file.open(encoding="utf-8", newline="") as stream:
-        left, right, gold = zip(*csv.reader(stream), strict=True)
-    if isinstance(model, Reranker):
-        scores = np.array(model.compute_score(list(zip(left, right, strict=True))))
-    else:
-        scores = _cosines(model.encode(left), model.encode(right))
-    return 100 * float(spearmanr(scores, np.array(gold, float)).statistic)
-
-
-def retrieval(embedder: Embedder, folder: Path) -> dict[str, float]:
-    """nDCG@10, Recall@100 and MRR@10 by exact search over a BEIR folder, title and text joined by a space.
+def measure_sts(job: Job, name: str, pairs: Pairs, journal: Journal) -> list[Result]:
+    """Spearman's correlation (×100) of cosines, or of a reranker's scores, with human ones, as MTEB reports it.
 
     Args:
-        embedder: What embeds.
-        folder: Holds ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/test.tsv``.
-    """
-    corpus, queries, qrels = read_beir(folder)
-    return rank_metrics(qrels, _nearest(embedder, corpus, queries))
+        job: The engine.
+        name: The model's.
+        pairs: What is scored.
+        journal: Gets the result.
 
-
-def two_stages(embedder: Embedder, reranker: Reranker, folder: Path) -> dict[str, float]:
-    """``retrieval`` after a reranker has sorted the nearest 100 again."""
-    corpus, queries, qrels = read_beir(folder)
-    run = {}
-    for query, found in _nearest(embedder, corpus, queries).items():
-        ranked = reranker.rank(queries[query], [corpus[document] for document in found])
-        documents = list(found)
-        run[query] = {documents[i]: score for i, score in ranked}
-    return rank_metrics(qrels, run)
-
-
-def _nearest(embedder: Embedder, corpus: dict[str, str], queries: dict[str, str]) -> dict[str, dict[str, float]]:
-    """The 100 documents nearest to each query, and their scores."""
-    scores = embedder.encode_queries(list(queries.values())) @ embedder.encode_corpus(list(corpus.values())).T
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :100]
-    ids = list(corpus)
-    return {query: {ids[j]: float(row[j]) for j in top} for query, row, top in zip(queries, scores, best, strict=True)}
-
-
-def rank_metrics(qrels: dict[str, dict[str, int]], run: dict[str, dict[str, float]]) -> dict[str, float]:
-    """nDCG@10, Recall@100 and MRR@10 of ranked results, by ``ir_measures``."""
-    measures = [ir_measures.nDCG @ 10, ir_measures.R @ 100, ir_measures.RR @ 10]
-    figures = ir_measures.calc_aggregate(measures, qrels, run)
-    return {str(measure): float(figures[measure]) for measure in measures}
-
-
-def read_beir(folder: Path) -> tuple[dict[str, str], dict[str, str], dict[str, dict[str, int]]]:
-    """Corpus and judged queries as texts by id, and judgements by query and document.
+    Returns:
+        The result; none if the journal has it already.
 
     Raises:
-        InputError: A judgement names a document or a query that isn't there.
+        EngineError: The engine is missing or failed.
     """
-    corpus = {row["_id"]: f"{row.get('title', '')} {row['text']}".strip() for row in _jsonl(folder / "corpus.jsonl")}
-    queries = {row["_id"]: row["text"] for row in _jsonl(folder / "queries.jsonl")}
-    qrels: dict[str, dict[str, int]] = {}
-    with (folder / "qrels" / "test.tsv").open(encoding="utf-8", newline="") as stream:
-        for row in csv.DictReader(stream, delimiter="\t"):
-            query, document = row["query-id"], row["corpus-id"]
-            if query not in queries or document not in corpus:
-                raise InputError(
-                    f"{folder}: the judgement {query} {document} names what isn't there; mend qrels/test.tsv"
-                )
-            qrels.setdefault(query, {})[document] = int(row["score"])
-    return corpus, {query: queries[query] for query in qrels}, qrels
+    result = _result("sts", job, name, {"data": pairs.name, "pairs": len(pairs.gold)})
+    if result in journal:
+        return []
+    with Worker(prepared(job)) as worker:
+        if job.kind == "reranker":
+            scores = worker.answers(list(zip(pairs.left, pairs.right, strict=True)), BATCH)
+        else:
+            a, b = (worker.answers(side, BATCH) for side in (pairs.left, pairs.right))
+            scores = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+        return [_add(journal, result, worker, {"spearman": 100 * float(spearmanr(scores, pairs.gold).statistic)})]
 
 
-def _jsonl(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+def measure_retrieval(job: Job, name: str, data: Beir, prompts: dict[str, str], journal: Journal) -> list[Result]:
+    """nDCG@10, Recall@100 and MRR@10 of exact search by an embedder.
+
+    Args:
+        job: The engine.
+        name: The model's.
+        data: What is searched.
+        prompts: The model's, by ``query`` and ``passage``.
+        journal: Gets the result.
+
+    Returns:
+        The result; none if the journal has it already.
+
+    Raises:
+        EngineError: The engine is missing or failed.
+    """
+    result = _result("retrieval", job, name, {"data": data.name})
+    if result in journal:
+        return []
+    with Worker(prepared(job)) as worker:
+        return [_add(journal, result, worker, rank_metrics(data.qrels, nearest(worker, data, prompts)))]
 
 
-def _cosines(a: Floats, b: Floats) -> np.ndarray:
-    return (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+def measure_two_stages(
+    embedders: Sequence[Job],
+    reranker: Job,
+    names: tuple[str, str],
+    data: Beir,
+    prompts: dict[str, str],
+    journal: Journal,
+    progress: Callable[[str, float], object] = lambda step, share: None,
+) -> list[Result]:
+    """``measure_retrieval`` after a reranker has sorted the nearest 100 again.
+
+    Args:
+        embedders: Engines for the first stage; what several of them find is scored once.
+        reranker: The engine for the second.
+        names: Of the embedding and the reranking model.
+        data: What is searched.
+        prompts: The embedder's.
+        journal: Gets a result for each of ``embedders``.
+        progress: Called with a description and the share that is done.
+
+    Returns:
+        The results, none if the journal has all of them already.
+
+    Raises:
+        EngineError: An engine is missing or failed.
+    """
+    results = []
+    for job in embedders:
+        first = {"embedder": f"{names[0]} {job.engine} {job.variant}", "candidates": CANDIDATES}
+        results.append(_result("two-stage", reranker, names[1], {"data": data.name, **first}))
+    if all(result in journal for result in results):
+        return []
+    found = []
+    for job in embedders:
+        with Worker(prepared(job)) as worker:
+            found.append(nearest(worker, data, prompts))
+    pairs = sorted({(query, document) for run in found for query, docs in run.items() for document in docs})
+    texts = [(data.queries[query], data.corpus[document]) for query, document in pairs]
+    scores: list[float] = []
+    with Worker(prepared(reranker)) as worker:
+        start = time.perf_counter()
+        for first_pair in range(0, len(texts), CHUNK):
+            scores += worker.answers(texts[first_pair : first_pair + CHUNK], BATCH).tolist()
+            progress(f"{reranker.engine} {reranker.variant} reranks", len(scores) / len(texts))
+        rate = len(texts) / (time.perf_counter() - start)
+        by_pair = dict(zip(pairs, scores, strict=True))
+        return [
+            _add(
+                journal,
+                result,
+                worker,
+                rank_metrics(data.qrels, {q: {d: by_pair[q, d] for d in docs} for q, docs in run.items()})
+                | {"pairs/s": rate},
+            )
+            for result, run in zip(results, found, strict=True)
+        ]
+
+
+def nearest(worker: Worker, data: Beir, prompts: dict[str, str]) -> Ranking:
+    """The 100 documents nearest to each query by cosine."""
+    queries = worker.answers([prompts.get("query", "") + text for text in data.queries.values()], BATCH)
+    corpus = worker.answers([prompts.get("passage", "") + text for text in data.corpus.values()], BATCH)
+    scores = _unit(queries) @ _unit(corpus).T
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :CANDIDATES]
+    ids = list(data.corpus)
+    return {
+        query: {ids[j]: float(row[j]) for j in top} for query, row, top in zip(data.queries, scores, best, strict=True)
+    }
+
+
+def rank_metrics(qrels: dict[str, dict[str, int]], run: Ranking) -> dict[str, float]:
+    """nDCG@10, Recall@100 and MRR@10 of ranked results, by ``ir_measures``."""
+    measures = {"nDCG@10": ir_measures.nDCG @ 10, "R@100": ir_measures.R @ 100, "MRR@10": ir_measures.RR @ 10}
+    figures = ir_measures.calc_aggregate(list(measures.values()), qrels, run)
+    return {name: float(figures[measure]) for name, measure in measures.items()}
+
+
+def _result(benchmark: str, job: Job, name: str, settings: dict[str, object]) -> Result:
+    return Result(
+        benchmark=benchmark, engine=job.engine, variant=job.variant, model=name, settings=settings, figures={}
+    )
+
+
+def _add(journal: Journal, result: Result, worker: Worker, figures: dict[str, float]) -> Result:
+    return journal.add(result.filled({name: Figure.of(value) for name, value in figures.items()}, worker.versions))
+
+
+def _unit(vectors: Floats) -> Floats:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

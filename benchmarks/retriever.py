@@ -1,26 +1,54 @@
-"""What indexing and searching in two stages cost."""
+"""What indexing and searching in two stages cost: our ``Retriever`` from text to reranked hits."""
 
-import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from export.calibrate import calibration_texts
+from benchmarks.data import LENGTHS, sample_texts
+from benchmarks.engines.ours import PACKAGES
+from benchmarks.machine import versions
+from benchmarks.results import Figure, Journal, Result
 from runtime import Embedder, Reranker, Retriever
 
 QUERIES = 30
 
 
-def retriever_figures(embedder: Embedder, reranker: Reranker, count: int) -> dict[str, float]:
-    """Index short random texts, save, reload, and search the top 100, reranked to the top 10.
+def measure_retriever(embedder: Embedder, reranker: Reranker, count: int, journal: Journal) -> list[Result]:
+    """Index short texts, save, reload, and search the nearest 100, reranked to the top 10.
+
+    Args:
+        embedder: For the first stage.
+        reranker: For the second.
+        count: How many texts to index.
+        journal: Gets the result.
 
     Returns:
-        Texts indexed a second, seconds to save and to load, median milliseconds of each stage of a query, MB on disk.
+        Texts indexed a second, seconds to save and to load, MB on disk, and milliseconds a query: of embedding it, of
+        finding the nearest (embedding included), and of the whole search; nothing if the journal has the result already.
     """
-    texts, queries = random_texts(count), random_texts(QUERIES, seed=1)
+    settings = {
+        "texts": count,
+        "queries": QUERIES,
+        "reranker": f"{reranker.manifest.name} {reranker.variant}",
+    }
+    result = Result(
+        benchmark="retriever",
+        engine="ours",
+        variant=embedder.variant,
+        model=embedder.manifest.name,
+        settings=settings,
+        figures={},
+    )
+    if result in journal:
+        return []
+    figures = {name: Figure.of(samples) for name, samples in _figures(embedder, reranker, count).items()}
+    return [journal.add(result.filled(figures, versions((*PACKAGES, "usearch"))))]
+
+
+def _figures(embedder: Embedder, reranker: Reranker, count: int) -> dict[str, list[float]]:
+    texts, queries = sample_texts(count, LENGTHS["short"]), sample_texts(QUERIES, LENGTHS["short"], seed=1)
     with tempfile.TemporaryDirectory(prefix="bge-onnx-") as folder:
         retriever = Retriever(folder, embedder, reranker)
         indexing = _seconds(lambda: retriever.add(texts))
@@ -29,21 +57,13 @@ def retriever_figures(embedder: Embedder, reranker: Reranker, count: int) -> dic
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
         loading = _seconds(lambda: Retriever(folder, embedder, reranker).close())
         retriever = Retriever(folder, embedder, reranker)
-        stages: dict[str, list[float]] = {"embed": [], "retrieve 100": [], "search, reranked": []}
+        stages: dict[str, list[float]] = {"embed ms": [], "retrieve ms": [], "search ms": []}
         for query in queries:
-            stages["embed"].append(_seconds(partial(embedder.encode_queries, query)))
-            stages["retrieve 100"].append(_seconds(partial(retriever.retrieve, query)))
-            stages["search, reranked"].append(_seconds(partial(retriever.search, query)))
+            stages["embed ms"].append(1000 * _seconds(partial(embedder.encode_queries, query)))
+            stages["retrieve ms"].append(1000 * _seconds(partial(retriever.retrieve, query)))
+            stages["search ms"].append(1000 * _seconds(partial(retriever.search, query)))
         retriever.close()
-    figures = {"texts": count, "texts/s": count / indexing, "save s": saving, "load s": loading, "MB": size / 1e6}
-    return figures | {f"{name} ms": 1000 * statistics.median(times) for name, times in stages.items()}
-
-
-def random_texts(count: int, seed: int = 0) -> list[str]:
-    """Texts of 6 to 14 words drawn from the calibration texts: like the summaries of a package registry."""
-    words = sorted({word for text in calibration_texts() for word in text.split() if word.isascii()})
-    draw = random.Random(seed)
-    return [" ".join(draw.choices(words, k=draw.randint(6, 14))) for _ in range(count)]
+    return {"texts/s": [count / indexing], "save s": [saving], "load s": [loading], "MB": [size / 1e6], **stages}
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -1,0 +1,55 @@
+"""optimum's export, as it is and after ONNX Runtime's stock ``quantize_dynamic``, run by a plain pipeline."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engines import plain
+from benchmarks.worker import Job, Run
+
+PACKAGES = ("optimum-onnx", "optimum", "transformers", "onnxruntime", "tokenizers")
+VARIANTS = {"embedder": ("fp32", "int8"), "reranker": ("fp32", "int8")}
+PREPARED = ("fp32", "int8")
+
+
+def embedder(job: Job) -> Run:
+    """Padded batches in the order they come."""
+    return plain.embedder(job, _session(job))
+
+
+def reranker(job: Job) -> Run:
+    """Padded batches in the order they come."""
+    return plain.reranker(job, _session(job))
+
+
+def prepare(job: Job) -> None:
+    """Export; and quantise what was exported. Every engine that loads a stock ONNX file starts from the fp32 one."""
+    if job.variant == "int8":
+        from onnxruntime.quantization import quantize_dynamic
+
+        quantize_dynamic(Path(job.stock) / "model.onnx", Path(job.source) / "model.onnx")
+        return
+    from optimum.onnxruntime import ORTModelForFeatureExtraction, ORTModelForSequenceClassification
+    from transformers import AutoTokenizer
+
+    kind = ORTModelForFeatureExtraction if job.kind == "embedder" else ORTModelForSequenceClassification
+    kind.from_pretrained(job.checkpoint, export=True).save_pretrained(job.source)
+    tokenizer = AutoTokenizer.from_pretrained(job.checkpoint)
+    tokenizer.model_max_length = job.max_length  # some checkpoints' tokenizers allow more than the model was made for
+    tokenizer("a text", padding=True, truncation=True)  # so that tokenizer.json says how to pad
+    tokenizer.save_pretrained(job.source)
+
+
+def _session(job: Job) -> plain.Infer:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = job.threads
+    session = onnxruntime.InferenceSession(
+        str(Path(job.source) / "model.onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    names = {entry.name for entry in session.get_inputs()}
+
+    def infer(feeds: dict[str, Any]) -> Any:  # noqa: ANN401
+        return session.run(None, {name: value for name, value in feeds.items() if name in names})[0]
+
+    return infer

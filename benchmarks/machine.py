@@ -1,0 +1,109 @@
+"""The machine as every result records it, and the most it can compute: its roofline."""
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from onnx import TensorProto, helper
+
+from runtime.session import usable_cpus
+
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16", "asimddp", "i8mm")
+"""What decides how fast a CPU multiplies matrices, as Linux names it."""
+
+SIZE = 1024
+"""Rows and columns of the matrices whose product gives the peak."""
+
+
+def describe_machine() -> dict[str, Any]:
+    """CPU model, usable cores, instruction sets that matter, memory in GB, and the system."""
+    info = Path("/proc/cpuinfo")
+    lines = [line.partition(":") for line in info.read_text().splitlines()] if info.exists() else []
+    fields = {name.strip(): value.strip() for name, _, value in lines}
+    flags = fields.get("flags", fields.get("Features", "")).split()
+    return {
+        "cpu": fields.get("model name", platform.processor() or platform.machine()),
+        "cores": usable_cpus(),
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+    }
+
+
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    """Versions of those of some packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(root: Path) -> str:
+    """The commit that is checked out, with ``+`` where files were changed since; ``unknown`` outside git."""
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def peaks(threads: int, seconds: float = 0.5) -> dict[str, float]:
+    """The most that matrix products reach here, in 10⁹ operations a second.
+
+    Args:
+        threads: Threads of ONNX Runtime.
+        seconds: Time for each measurement.
+
+    Returns:
+        ``fp32`` by the faster of ONNX Runtime and numpy, ``int8`` by ONNX Runtime (u8 × s8).
+    """
+    draw = np.random.default_rng(0)
+    floats = [draw.standard_normal((SIZE, SIZE), np.float32) for _ in range(2)]
+    bytes_ = [
+        draw.integers(0, 128, (SIZE, SIZE), np.uint8),
+        draw.integers(-64, 64, (SIZE, SIZE), np.int8),
+    ]
+    fp32 = _product("MatMul", floats, TensorProto.FLOAT, threads)
+    int8 = _product("MatMulInteger", bytes_, TensorProto.INT32, threads)
+    return {
+        "fp32": max(_rate(fp32, seconds), _rate(lambda: floats[0] @ floats[1], seconds)),
+        "int8": _rate(int8, seconds),
+    }
+
+
+def _product(operator: str, operands: list[np.ndarray], result: int, threads: int) -> Callable[[], object]:
+    """A product by ONNX Runtime; the right operand is a weight, which it packs beforehand."""
+    types = [helper.np_dtype_to_tensor_dtype(operand.dtype) for operand in operands]
+    graph = helper.make_graph(
+        [helper.make_node(operator, ["a", "b"], ["c"])],
+        operator,
+        [helper.make_tensor_value_info("a", types[0], (SIZE, SIZE))],
+        [helper.make_tensor_value_info("c", result, (SIZE, SIZE))],
+        [helper.make_tensor("b", types[1], (SIZE, SIZE), operands[1].tobytes(), raw=True)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"a": operands[0]})
+
+
+def _rate(product: Callable[[], object], seconds: float) -> float:
+    """The best of many, since a peak is what nothing disturbed."""
+    product()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        product()
+        best = min(best, time.perf_counter() - start)
+    return 2 * SIZE**3 / best / 1e9

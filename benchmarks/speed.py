@@ -1,0 +1,273 @@
+"""Speed and cost: engines take turns on the same texts, and what is reported are ratios within each round."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.client import Worker, name_of, prepared
+from benchmarks.data import LENGTHS, sample_texts
+from benchmarks.errors import EngineError
+from benchmarks.machine import peaks, versions
+from benchmarks.results import Figure, Journal, Result
+from benchmarks.subject import BASELINE, Subject, size_mb
+from benchmarks.worker import Job
+from runtime.manifest import TOKENIZER
+from runtime.tokenizer import Tokenizer
+
+BATCH = 32
+CALLERS = (1, 4, 16)
+
+Sample = dict[str, float]
+"""Figures of one engine in one round; ``seconds`` is what ratios are made of."""
+Measure = Callable[[Worker], Sample]
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """How much is measured."""
+
+    rounds: int
+    """How often the engines take turns."""
+    texts: dict[str, int]
+    """How many texts of each of ``LENGTHS``."""
+    queries: int
+    """How many queries' latencies make a round."""
+    indexed: int
+    """Texts that the retriever indexes."""
+    growth: bool
+    """Whether to measure how cost grows with length, batch, corpus and threads."""
+
+
+PROFILES = {
+    "quick": Profile(rounds=3, texts={"short": 256, "medium": 48, "long": 16}, queries=48, indexed=5_000, growth=False),
+    "full": Profile(rounds=5, texts={"short": 512, "medium": 96, "long": 32}, queries=96, indexed=100_000, growth=True),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """A model's engines, what they are measured on, and where results go."""
+
+    subject: Subject
+    jobs: Sequence[Job]
+    profile: Profile
+    journal: Journal
+    corpus: Sequence[str] | None = None
+    """Texts to cut others from; by default words drawn from the calibration texts."""
+    found: Callable[[Result], object] = lambda result: None
+    """Is told of every result."""
+    left_out: Callable[[EngineError], object] = lambda error: None
+    """Is told of every engine that is missing or failed; the rest goes on."""
+    progress: Callable[[str, float], object] = lambda step, share: None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Something that every engine does in turn."""
+
+    benchmark: str
+    settings: dict[str, Any]
+    measure: Measure
+
+
+def measure_speed(bench: Bench) -> None:
+    """Measure the machine's peak, then cold start and memory, throughput, latency and growth of all engines.
+
+    A load is recorded when its last round is done, and isn't measured again if the journal has it.
+    """
+    peak = _roofline(bench)
+    _cold_starts(bench)
+    counts, medium = bench.profile.texts, LENGTHS["medium"]
+    loads = [
+        _bulk(bench, peak, "bulk", {"texts": kind, "order": order}, words, counts[kind])
+        for kind, words in LENGTHS.items()
+        for order in ("as it comes", "by length")
+    ]
+    loads += [_latency(bench, callers) for callers in CALLERS]
+    if not bench.profile.growth:
+        _take_turns(bench, bench.jobs, loads)
+        return
+    grow = partial(_bulk, bench, peak, "growth")
+    for words in (8, 16, 32, 64, 128):
+        loads.append(grow({"by": "words", "value": words}, (words, words), max(BATCH, counts["medium"] * 64 // words)))
+    for batch in (1, 8, 32, 128):
+        loads.append(grow({"by": "batch", "value": batch}, medium, max(batch, counts["medium"]), batch))
+    for count in (32, 256, 2048):
+        loads.append(grow({"by": "texts", "value": count}, LENGTHS["short"], count))
+    _take_turns(bench, bench.jobs, loads)
+    for threads in range(1, bench.jobs[0].threads + 1):
+        jobs = [dataclasses.replace(job, threads=threads) for job in bench.jobs]
+        _take_turns(bench, jobs, [grow({"by": "threads", "value": threads}, medium, counts["medium"])])
+
+
+def _bulk(
+    bench: Bench,
+    peak: dict[str, float],
+    benchmark: str,
+    settings: dict[str, Any],
+    words: tuple[int, int],
+    count: int,
+    batch: int = BATCH,
+) -> Load:
+    """All inputs in one call; those of growth sorted by length, so that it shows no padding."""
+    inputs = _inputs(bench, words, count)
+    tokens = _tokens(bench.subject, inputs)
+    if settings.get("order") != "as it comes":
+        order = np.argsort(tokens, kind="stable")
+        inputs, tokens = [inputs[i] for i in order], [tokens[i] for i in order]
+    work = _operations(bench.subject, tokens)
+
+    def measure(worker: Worker) -> Sample:
+        seconds = worker.ask("bulk", inputs=inputs, batch=batch)["seconds"]
+        sample = {"seconds": seconds, "texts/s": count / seconds, "tokens/s": sum(tokens) / seconds}
+        roof = peak["int8" if worker.job.variant == "int8" else "fp32"]
+        return sample | {"tokens": sum(tokens) / count} | ({"share": work / seconds / roof / 1e9} if work else {})
+
+    return Load(benchmark, settings | {"batch": batch, "count": count, "threads": bench.jobs[0].threads}, measure)
+
+
+def _latency(bench: Bench, callers: int) -> Load:
+    """Short texts one by one, from several callers at once."""
+    inputs = _inputs(bench, LENGTHS["short"], bench.profile.queries)
+
+    def measure(worker: Worker) -> Sample:
+        answer = worker.ask("latency", inputs=inputs, callers=callers)
+        p50, p95, p99 = np.percentile(answer["times"], (50, 95, 99))
+        return {
+            "seconds": float(p50),
+            "p50 ms": 1000 * float(p50),
+            "p95 ms": 1000 * float(p95),
+            "p99 ms": 1000 * float(p99),
+            "queries/s": len(inputs) / answer["seconds"],
+        }
+
+    return Load("latency", {"callers": callers, "threads": bench.jobs[0].threads}, measure)
+
+
+def _cold_starts(bench: Bench) -> None:
+    """From nothing to the first vector, and the most memory that medium texts take, in a new process each time."""
+    inputs = _inputs(bench, LENGTHS["medium"], bench.profile.texts["medium"])
+
+    def measure(worker: Worker) -> Sample:
+        worker.ask("bulk", inputs=inputs, batch=BATCH)
+        cost = {"peak MB": worker.ask("memory")["peak_mb"], "disk MB": size_mb(worker.job)}
+        return {"seconds": worker.cold_s, "load s": worker.load_s, **cost}
+
+    load = Load("cold", {"threads": bench.jobs[0].threads}, measure)
+    if not _measured(bench, bench.jobs, load):
+        _rounds(bench, load, {job: partial(_start, job) for job in bench.jobs})
+
+
+def _take_turns(bench: Bench, jobs: Sequence[Job], loads: Sequence[Load]) -> None:
+    """Start every engine, and let them take turns at each load that isn't in the journal yet."""
+    waiting = [load for load in loads if not _measured(bench, jobs, load)]
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for job in jobs if waiting else ():
+            bench.progress(f"starting {name_of(job)}", 0)
+            try:
+                workers[job] = stack.enter_context(_start(job))
+            except EngineError as error:
+                bench.left_out(error)
+        for load in waiting:
+            _rounds(bench, load, {job: partial(_kept, worker) for job, worker in workers.items()})
+
+
+def _rounds(
+    bench: Bench, load: Load, opened: dict[Job, Callable[[], contextlib.AbstractContextManager[Worker]]]
+) -> None:
+    """A B B A A B …: one load, several rounds of all engines, and a result for each."""
+    samples: dict[Job, list[Sample]] = {job: [] for job in opened}
+    packages: dict[Job, dict[str, str]] = {}
+    words = " ".join(str(value) for value in (load.benchmark, *load.settings.values()))
+    for number in range(bench.profile.rounds + 1):  # the first one only warms up
+        for job in list(samples)[:: 1 if number % 2 else -1]:
+            bench.progress(f"{words}: {name_of(job)}", number / (bench.profile.rounds + 1))
+            try:
+                with opened[job]() as worker:
+                    samples[job].append(load.measure(worker))
+                    packages[job] = worker.versions
+            except EngineError as error:
+                bench.left_out(error)
+                del samples[job]
+    timed = {job: rounds[1:] for job, rounds in samples.items()}
+    baseline = next((rounds for job, rounds in timed.items() if (job.engine, job.variant) == BASELINE), None)
+    for job, rounds in timed.items():
+        figures = {name: Figure.of([sample[name] for sample in rounds]) for name in rounds[0]}
+        if baseline:
+            ratios = [base["seconds"] / sample["seconds"] for base, sample in zip(baseline, rounds, strict=True)]
+            figures["ratio"] = Figure.of(ratios)
+        bench.found(bench.journal.add(_result(bench, job, load).filled(figures, packages[job])))
+
+
+def _roofline(bench: Bench) -> dict[str, float]:
+    """The machine's peaks in 10⁹ operations a second, by ``fp32`` and ``int8``."""
+    threads = bench.jobs[0].threads
+    settings = {"threads": threads}
+    result = Result(benchmark="roofline", engine="machine", variant="", model="", settings=settings, figures={})
+    held = next((r for r in bench.journal.results if r.key == result.key), None)
+    if held is None:
+        figures = {name: Figure.of(rate) for name, rate in peaks(threads).items()}
+        held = bench.journal.add(result.filled(figures, versions(("onnxruntime", "numpy"))))
+        bench.found(held)
+    return {name: figure.median for name, figure in held.figures.items()}
+
+
+def _start(job: Job) -> Worker:
+    return Worker(prepared(job))
+
+
+def _kept(worker: Worker) -> contextlib.AbstractContextManager[Worker]:
+    return contextlib.nullcontext(worker)
+
+
+def _measured(bench: Bench, jobs: Sequence[Job], load: Load) -> bool:
+    return all(_result(bench, job, load) in bench.journal for job in jobs)
+
+
+def _result(bench: Bench, job: Job, load: Load) -> Result:
+    return Result(
+        benchmark=load.benchmark,
+        engine=job.engine,
+        variant=job.variant,
+        model=bench.subject.manifest.name,
+        settings=load.settings,
+        figures={},
+    )
+
+
+def _inputs(bench: Bench, words: tuple[int, int], count: int) -> list[Any]:
+    """Texts, or for a reranker pairs of a short query and such a text."""
+    texts = sample_texts(count, words, bench.corpus)
+    if bench.subject.manifest.kind == "embedder":
+        return texts
+    return list(zip(sample_texts(count, LENGTHS["short"], bench.corpus, seed=1), texts, strict=True))
+
+
+def _tokens(subject: Subject, inputs: Sequence[Any]) -> list[int]:
+    """How many tokens of each input are computed, special ones included."""
+    tokenizer = Tokenizer(subject.artifact / TOKENIZER, subject.manifest.max_length)
+    if subject.manifest.kind == "embedder":
+        return [min(count, subject.manifest.max_length) for count in tokenizer.count(inputs)]
+    return [len(ids) for ids, _ in tokenizer.encode_pairs(inputs, True)]
+
+
+def _operations(subject: Subject, tokens: Sequence[int]) -> float:
+    """Multiplications and additions in the matrix products of an encoder; 0 if its shape isn't known."""
+    path = (subject.checkpoint or Path()) / "config.json"
+    config = json.loads(path.read_text("utf-8")) if subject.checkpoint and path.exists() else {}
+    hidden = config.get("hidden_size", config.get("dim"))
+    layers = config.get("num_hidden_layers", config.get("n_layers"))
+    inner = config.get("intermediate_size", config.get("hidden_dim"))
+    if not (hidden and layers and inner):
+        return 0
+    linear = 2 * (4 * hidden * hidden + 2 * hidden * inner) * sum(tokens)
+    attention = 4 * hidden * sum(count * count for count in tokens)
+    return float(layers * (linear + attention))

@@ -1,0 +1,135 @@
+"""What is measured: one model, as our artifact and as the checkpoint that it was made of."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.client import HOME
+from benchmarks.engines import ENGINES
+from benchmarks.errors import EngineError
+from benchmarks.worker import Job
+from export.errors import ExportError
+from export.source import resolve_source
+from runtime.manifest import Manifest, load_manifest
+
+BASELINE = ("sentence_transformers", "fp32")
+"""What every ratio is to: what most people use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One model in both its forms."""
+
+    artifact: Path
+    manifest: Manifest
+    checkpoint: Path | None
+    """None where the peers can't be measured."""
+
+
+def open_subject(artifact: Path, checkpoint: str | None = None) -> Subject:
+    """An artifact, and the checkpoint it was made of.
+
+    Args:
+        artifact: What ``python -m export`` wrote.
+        checkpoint: A folder, or anything else that ``python -m export --model`` takes; by default the artifact's name,
+            if that is in the catalog and can be had.
+
+    Raises:
+        ArtifactError: It is no artifact.
+        ExportError: The named checkpoint can't be had.
+    """
+    manifest = load_manifest(artifact)
+    try:
+        folder = resolve_source(checkpoint or manifest.name).folder
+    except ExportError:
+        if checkpoint:
+            raise
+        folder = None
+    return Subject(artifact.resolve(), manifest, folder)
+
+
+def plan_jobs(
+    subject: Subject, engines: str | None = None, *, threads: int, device: Literal["cpu", "cuda"] = "cpu"
+) -> list[Job]:
+    """A job for each engine and variant that suits a model, the baseline first.
+
+    Args:
+        subject: The model.
+        engines: Comma-separated names, each one of an engine or ``engine:variant``; by default all.
+        threads: CPU threads of each.
+        device: Where those that can choose run.
+
+    Raises:
+        EngineError: There is no such engine or variant.
+    """
+    jobs = [_job(subject, engine, variant, threads, device) for engine, variant in _chosen(subject, engines)]
+    return sorted(jobs, key=lambda job: (job.engine, job.variant) != BASELINE)
+
+
+def _chosen(subject: Subject, engines: str | None) -> list[tuple[str, str]]:
+    kind = subject.manifest.kind
+    offered = {
+        engine: import_module(f"benchmarks.engines.{engine}").VARIANTS.get(kind, ())
+        for engine in (ENGINES if subject.checkpoint else ENGINES[:1])
+    }
+    offered["ours"] = tuple(subject.manifest.variants)
+    if engines is None:
+        return [(engine, variant) for engine, variants in offered.items() for variant in variants]
+    chosen = []
+    for name in engines.split(","):
+        engine, _, variant = name.strip().partition(":")
+        fitting = [held for held in offered.get(engine, ()) if held == (variant or held)]
+        if not fitting:
+            known = ", ".join(f"{e}:{v}" for e, variants in offered.items() for v in variants)
+            raise EngineError(f"--engines {name}: is none of {known}, the engines for this {kind}")
+        chosen += [(engine, held) for held in fitting]
+    return chosen
+
+
+def _job(subject: Subject, engine: str, variant: str, threads: int, device: Literal["cpu", "cuda"]) -> Job:
+    manifest = subject.manifest
+    source, stock = subject.artifact, ""
+    if engine != "ours" and subject.checkpoint:
+        folder = HOME / "models" / f"{manifest.name}-{_fingerprint(subject.checkpoint)}"
+        prepared = variant in import_module(f"benchmarks.engines.{engine}").PREPARED
+        source = folder / f"{engine}-{variant}" if prepared else subject.checkpoint
+        stock = str(folder / "optimum-fp32")
+    return Job(
+        engine=engine,
+        variant=variant,
+        kind=manifest.kind,
+        source=str(source),
+        checkpoint=str(subject.checkpoint or ""),
+        stock=stock,
+        pooling=manifest.pooling or "",
+        normalize=manifest.normalize,
+        max_length=manifest.max_length,
+        threads=threads,
+        device=device,
+    )
+
+
+def _fingerprint(checkpoint: Path) -> str:
+    """Another one whenever a file of the checkpoint changes, so that no stale conversion is measured."""
+    stats = [(path.name, path.stat()) for path in sorted(checkpoint.iterdir()) if path.is_file()]
+    return hashlib.sha256(repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode()).hexdigest()[:12]
+
+
+def size_mb(job: Job) -> float:
+    """Megabytes (10⁶ bytes) on disk of the weights that a job loads: what would have to be shipped."""
+    if job.engine == "ours":
+        manifest = load_manifest(Path(job.source))
+        variant = manifest.variants[job.variant]
+        names = [variant.file, *([variant.data] if variant.data else [])]
+        return sum(manifest.files[name].size for name in names) / 1e6
+    patterns = ("*.onnx", "*.onnx_data", "*.bin", "*.safetensors")
+    files = {path for pattern in patterns for path in Path(job.source).rglob(pattern)}
+    return sum(path.stat().st_size for path in files) / 1e6
+
+
+def names(jobs: Sequence[Job]) -> str:
+    """Engines and variants in words."""
+    return ", ".join(f"{job.engine}:{job.variant}" for job in jobs)

@@ -1,0 +1,149 @@
+"""An engine in a process of its own: requests come in as JSON lines, and answers go out the same way.
+
+It may run in an environment that holds nothing but the engine, and its cold start is measured, so it imports no more
+than numpy and the engine.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Run: TypeAlias = Callable[[Sequence[Any], int], NDArray[np.float32]]
+"""What an engine is: (texts, batch size) to vectors ``(n, dim)``, or (pairs, batch size) to raw scores ``(n,)``."""
+
+WARM = {"embedder": "a first text", "reranker": ["a first query", "and its passage"]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Which model an engine loads, and how."""
+
+    engine: str
+    """Name of its module in ``engines``."""
+    variant: str
+    kind: Literal["embedder", "reranker"]
+    source: str
+    """The folder that it loads, which is also where ``prepare`` writes it."""
+    checkpoint: str = ""
+    """The model as it was trained: what ``prepare`` starts from."""
+    stock: str = ""
+    """Folder with the plain ``model.onnx`` that optimum makes of the checkpoint, and its tokenizer."""
+    pooling: str = "mean"
+    normalize: bool = True
+    max_length: int = 512
+    threads: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+
+
+def serve(job: Job) -> None:
+    """Load an engine, and answer requests until the input ends.
+
+    The first line out is ``{"load_s", "first_s", "versions"}`` or ``{"missing"}`` or ``{"error"}``; each request gets
+    one line, with ``error`` in it if it failed.
+    """
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)  # whatever the engine prints is no answer
+
+        def answer(line: dict[str, Any]) -> None:
+            print(json.dumps(line), file=out, flush=True)
+
+        run: Run | None = None
+        try:
+            start = time.perf_counter()
+            engine = import_module(f"benchmarks.engines.{job.engine}")
+            run = getattr(engine, job.kind)(job)
+            loaded = time.perf_counter()
+            run([WARM[job.kind]], 1)
+            times = {"load_s": loaded - start, "first_s": time.perf_counter() - loaded}
+            answer({**times, "versions": _versions(engine.PACKAGES)})
+        except ImportError as error:
+            answer({"missing": str(error)})
+        except Exception as error:  # anything that an engine may raise
+            answer(_failure(error))
+        for line in sys.stdin if run else ():
+            request = json.loads(line)
+            try:
+                answer(REQUESTS[request.pop("do")](run, **request))
+            except Exception as error:
+                answer(_failure(error))
+
+
+def prepare(job: Job) -> None:
+    """Let an engine write ``job.source``: the model converted to what it loads."""
+    import_module(f"benchmarks.engines.{job.engine}").prepare(job)
+
+
+def bulk(run: Run, inputs: list[Any], batch: int) -> dict[str, float]:
+    """Seconds for all inputs in one call."""
+    start = time.perf_counter()
+    run(inputs, batch)
+    return {"seconds": time.perf_counter() - start}
+
+
+def latency(run: Run, inputs: list[Any], callers: int) -> dict[str, Any]:
+    """Seconds for each input alone, with several callers at once, and for all together."""
+
+    def call(item: object) -> float:
+        start = time.perf_counter()
+        run([item], 1)
+        return time.perf_counter() - start
+
+    with ThreadPoolExecutor(callers) as pool:
+        start = time.perf_counter()
+        times = list(pool.map(call, inputs))
+        return {"times": times, "seconds": time.perf_counter() - start}
+
+
+def answers(run: Run, inputs: list[Any], batch: int, path: str) -> dict[str, Any]:
+    """Write the vectors or scores of all inputs to a ``.npy`` file."""
+    found = np.asarray(run(inputs, batch), np.float32)
+    np.save(path, found)
+    return {"shape": found.shape}
+
+
+def memory(run: Run) -> dict[str, float]:
+    """The most memory that the process has held at once, in MB."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return {"peak_mb": int(line.split()[1]) * 1024 / 1e6}
+    import resource  # where there is no /proc
+
+    return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)}
+
+
+REQUESTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "bulk": bulk,
+    "latency": latency,
+    "answers": answers,
+    "memory": memory,
+}
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+if __name__ == "__main__":
+    action, arguments = sys.argv[1:]
+    {"serve": serve, "prepare": prepare}[action](Job(**json.loads(arguments)))
