@@ -26,7 +26,7 @@ def measure_retriever(embedder: Embedder, reranker: Reranker, count: int, journa
 
     Returns:
         Texts indexed a second, seconds to save and to load, MB on disk, and milliseconds a query: of embedding it, of
-        finding the nearest (embedding included), and of the whole search; nothing if the journal has the result already.
+        finding the nearest (embedding included), and of the whole search; nothing if the journal has it already.
     """
     settings = {
         "texts": count,

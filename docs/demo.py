@@ -1,4 +1,4 @@
-"""What `make demo` shows: a small corpus is indexed, searched by vector, and sorted again by a reranker if there is one."""
+"""What `make demo` shows: a small corpus, searched by vector and sorted again by a reranker, if there is one."""
 
 import sys
 import tempfile

@@ -279,9 +279,15 @@ class Embedder:
         joined = np.empty((len(lengths), vectors.shape[1]), np.float32)
         start = 0
         for i, tokens in enumerate(lengths):
-            joined[i] = np.average(vectors[start : start + len(tokens)], axis=0, weights=tokens)
+            pieces = vectors[start : start + len(tokens)]
             start += len(tokens)
-        return normalize(joined) if self.manifest.normalize else joined
+            if len(tokens) == 1:  # as without chunks, to the bit
+                joined[i] = pieces[0]
+                continue
+            joined[i] = np.average(pieces, axis=0, weights=tokens)
+            if self.manifest.normalize:
+                joined[i] = normalize(joined[i])
+        return joined
 
     def _encode_ways(
         self, texts: str | Sequence[str], truncate: bool, dense: bool, sparse: bool, colbert: bool
