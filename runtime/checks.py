@@ -1,8 +1,12 @@
 """What callers may pass: every public method checks here before it does any work."""
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from numbers import Real
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from runtime.errors import InputError
 
@@ -35,11 +39,24 @@ def check_pairs(pairs: Sequence[tuple[str, str]] | tuple[str, str]) -> tuple[lis
     single = isinstance(pairs, list | tuple) and len(pairs) == 2 and all(isinstance(text, str) for text in pairs)
     checked = []
     for i, pair in enumerate(check_iterable([pairs] if single else pairs)):
-        both = tuple(pair) if isinstance(pair, Iterable) and not isinstance(pair, str | bytes) else ()
+        ordered = isinstance(pair, Iterable) and not isinstance(pair, str | bytes | Mapping | Set)
+        both = tuple(pair) if ordered else ()
         if len(both) != 2 or not all(isinstance(text, str) for text in both):
             raise InputError(f"pair {i} is {str(pair)[:60]!r}; pass (query, passage), both str")
         checked.append((both[0], both[1]))
     return checked, single
+
+
+def check_weights(name: str, weights: Sequence[float]) -> NDArray[np.float64]:
+    """Weights of the three ways to score, float64 ``(3,)``.
+
+    Raises:
+        InputError: They aren't three numbers of positive sum.
+    """
+    numbers = isinstance(weights, Sequence | np.ndarray) and all(isinstance(weight, Real) for weight in weights)
+    if not numbers or len(weights) != 3 or not sum(weights) > 0:
+        raise InputError(f"{name} is {weights!r}; pass three numbers of positive sum")
+    return np.array(weights, float)
 
 
 def check_iterable(texts: Iterable[Any]) -> Iterator[Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.batching import plan_batches
-from runtime.checks import check_count, check_iterable, check_pairs, check_texts
+from runtime.checks import check_count, check_iterable, check_pairs, check_texts, check_weights
 from runtime.errors import ArtifactError, InputError
 from runtime.hybrid import (
     colbert_score,
@@ -135,6 +135,8 @@ class Embedder:
                 an output that the model hasn't.
         """
         if return_sparse or return_colbert_vecs or not return_dense:
+            if truncate_dim is not None or chunk:
+                raise InputError("truncate_dim and chunk are for dense vectors alone; encode twice, or leave them out")
             return self._encode_ways(texts, truncate, return_dense, return_sparse, return_colbert_vecs)
         return self._encode(texts, "", truncate_dim, truncate, chunk)
 
@@ -189,13 +191,14 @@ class Embedder:
     def compute_score(
         self,
         pairs: Sequence[tuple[str, str]] | tuple[str, str],
-        weights_for_different_modes: Sequence[float] = (1.0, 1.0, 1.0),
+        weights_for_different_modes: Sequence[float] | None = None,
     ) -> dict[str, Any]:
         """Score queries with passages in every way that ``BGEM3FlagModel`` does.
 
         Args:
             pairs: One (query, passage), or several.
-            weights_for_different_modes: Of dense, sparse and multi-vector scores in their weighted means.
+            weights_for_different_modes: Of dense, sparse and multi-vector scores in their weighted means; equal by
+                default.
 
         Returns:
             ``dense``, ``sparse``, ``colbert``, ``sparse+dense`` and ``colbert+sparse+dense``: a float each for one
@@ -205,10 +208,8 @@ class Embedder:
             InputError: Something that isn't a pair of valid texts, weights that aren't three with a positive sum, or a
                 model that hasn't all three ways.
         """
-        if len(weights_for_different_modes) != 3 or not sum(weights_for_different_modes) > 0:
-            raise InputError(
-                f"weights_for_different_modes is {weights_for_different_modes}; pass three, of positive sum"
-            )
+        modes = (1.0, 1.0, 1.0) if weights_for_different_modes is None else weights_for_different_modes
+        weights = check_weights("weights_for_different_modes", modes)
         checked, single = check_pairs(pairs)
         texts = list(dict.fromkeys(text for pair in checked for text in pair))
         ways = self._encode_ways(texts, True, True, True, True)
@@ -219,7 +220,6 @@ class Embedder:
                 [found[place[text]] for found in ways.values()] for text in (query, passage)
             )
             scores[i] = q @ p, compute_lexical_matching_score(q_weights, p_weights), colbert_score(q_vectors, p_vectors)
-        weights = np.array(weights_for_different_modes, float)
         result = {
             "colbert": scores[:, 2],
             "sparse": scores[:, 1],

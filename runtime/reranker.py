@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime.batching import plan_batches
 from runtime.checks import check_count, check_pairs, check_texts
@@ -64,10 +65,9 @@ class Reranker:
             InputError: Something that isn't a pair of valid texts, or too long with ``truncate=False``.
         """
         checked, single = check_pairs(pairs)
-        scores = self._logits(checked, truncate)
-        if normalize:
-            scores = np.where(scores < 0, np.exp(-np.abs(scores)), 1) / (1 + np.exp(-np.abs(scores)))
-        return float(scores[0]) if single else [float(score) for score in scores]
+        logits = self._logits(checked, truncate)
+        scores = _sigmoid(logits) if normalize else logits
+        return float(scores[0]) if single else scores.tolist()
 
     def rank(
         self, query: str, passages: Sequence[str], top_k: int | None = None, *, normalize: bool = False
@@ -91,12 +91,12 @@ class Reranker:
         if isinstance(passages, str):
             raise InputError("passages is one str; pass a list of str")
         keep = None if top_k is None else check_count("top_k", top_k, sys.maxsize)
-        scores = self.compute_score([(query, passage) for passage in check_texts(passages)], normalize)
-        assert isinstance(scores, list)
-        order = sorted(range(len(scores)), key=lambda i: -scores[i])
-        return [(i, scores[i]) for i in order[:keep]]
+        logits = self._logits([(query, passage) for passage in check_texts(passages)], truncate=True)
+        order = np.argsort(-logits, kind="stable")[:keep]
+        scores = _sigmoid(logits) if normalize else logits
+        return list(zip(order.tolist(), scores[order].tolist(), strict=True))
 
-    def _logits(self, pairs: list[tuple[str, str]], truncate: bool) -> np.ndarray:
+    def _logits(self, pairs: list[tuple[str, str]], truncate: bool) -> NDArray[np.float32]:
         """Raw logits, float32 ``(n,)``."""
         encoded = self._model.tokenizer.encode_pairs(pairs, truncate)
         logits = np.empty(len(pairs), np.float32)
@@ -105,3 +105,10 @@ class Reranker:
             token_types = np.array([encoded[i][1] for i in batch], np.int64)
             logits[batch] = self._model.run(["logits"], ids, token_types)[0][:, 0]
         return logits
+
+
+def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """In double precision, as FlagEmbedding's; a single would be 1 from a logit of 17 on."""
+    decay = np.exp(-np.abs(logits.astype(np.float64)))
+    scores: NDArray[np.float64] = np.where(logits < 0, decay, 1) / (1 + decay)
+    return scores

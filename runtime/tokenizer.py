@@ -1,7 +1,7 @@
 """Text to token ids with Hugging Face's ``tokenizers``, special tokens and truncation included."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,7 @@ class Tokenizer:
         Raises:
             InputError: A text is too long and ``truncate`` is False, or isn't valid Unicode.
         """
-        bodies = self._bodies(texts, "text", first)
+        bodies = self._bodies(texts, lambda i: f"text {first + i}")
         special = self.max_length - self._room
         long = {i: len(body) + special for i, body in enumerate(bodies, first) if len(body) > self._room}
         self._report("text", long, len(texts), truncate)
@@ -76,7 +76,7 @@ class Tokenizer:
         """Token ids of each text in pieces of at most ``max_length``, each with the special tokens around it."""
         return [
             [self._single.wrap(body[start : start + self._room]) for start in range(0, max(1, len(body)), self._room)]
-            for body in self._bodies(texts, "text", first)
+            for body in self._bodies(texts, lambda i: f"text {first + i}")
         ]
 
     def encode_pairs(
@@ -91,14 +91,21 @@ class Tokenizer:
             truncate: False raises on a pair that is too long instead of cutting it.
 
         Raises:
+            ArtifactError: The special tokens alone exceed ``max_length``.
             InputError: A pair is too long and ``truncate`` is False, or isn't valid Unicode.
         """
+        if self._pair_room < 1:
+            raise ArtifactError(f"max_length {self.max_length} leaves no room beside a pair's special tokens")
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        bodies = dict(zip(texts, self._bodies(texts, "text"), strict=True))
+
+        def first_pair(i: int) -> str:
+            return f"pair {next(n for n, pair in enumerate(pairs) if texts[i] in pair)}"
+
+        bodies = dict(zip(texts, self._bodies(texts, first_pair), strict=True))
         encoded, long, special = [], {}, self.max_length - self._pair_room
         for i, (query, passage) in enumerate(pairs):
-            a = bodies[query][: self.max_length * 3 // 4]
-            b = bodies[passage][: max(0, self._pair_room - len(a))]
+            a = bodies[query][: min(self.max_length * 3 // 4, self._pair_room)]
+            b = bodies[passage][: self._pair_room - len(a)]
             if len(a) < len(bodies[query]) or len(b) < len(bodies[passage]):
                 long[i] = len(bodies[query]) + len(bodies[passage]) + special
             encoded.append((self._pair.wrap(a, b), self._pair.wrap_types(len(a), len(b))))
@@ -107,7 +114,7 @@ class Tokenizer:
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text before any truncation, special tokens included."""
-        return [len(body) + self.max_length - self._room for body in self._bodies(texts, "text")]
+        return [len(body) + self.max_length - self._room for body in self._bodies(texts)]
 
     def _report(self, what: str, long: dict[int, int], total: int, truncate: bool) -> None:
         """Warn of what is cut, or refuse it; ``long`` holds the tokens of each text or pair that is too long."""
@@ -121,17 +128,17 @@ class Tokenizer:
         if long:
             logger.warning("%d of %d %ss had more than %d tokens and were cut", len(long), total, what, self.max_length)
 
-    def _bodies(self, texts: Sequence[str], what: str, first: int = 0) -> list[list[int]]:
-        """Token ids of each text without special tokens."""
+    def _bodies(self, texts: Sequence[str], name: Callable[[int], str] = "text {}".format) -> list[list[int]]:
+        """Token ids of each text without special tokens; ``name`` is what an error calls a text by its place."""
         try:
             encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, ValueError):
-            for i, text in enumerate(texts, first):
+            for i, text in enumerate(texts):
                 try:
                     text.encode("utf-8")
                 except UnicodeEncodeError as error:
                     raise InputError(
-                        f"{what} {i} has a lone surrogate at character {error.start}, which is not valid Unicode; "
+                        f"{name(i)} has a lone surrogate at character {error.start}, which is not valid Unicode; "
                         "clean it with text.encode('utf-8', 'replace').decode()"
                     ) from None
             raise
