@@ -32,6 +32,13 @@ class Figure:
         median, low, high = (float(f"{value:.6g}") for value in (statistics.median(values), min(values), max(values)))
         return cls(median, low, high, len(values))
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Figure]") -> Self:
+        """Of the same measurement made in several parts: the median of their medians, and the spread of all runs."""
+        median = float(f"{statistics.median(part.median for part in parts):.6g}")
+        low, high = min(part.low for part in parts), max(part.high for part in parts)
+        return cls(median, low, high, sum(part.runs for part in parts))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
@@ -89,10 +96,24 @@ def read_results(path: Path) -> list[Result]:
 
 
 def newest(results: Iterable[Result]) -> list[Result]:
-    """Of each benchmark the lines of the last run that measured it, of each measurement the last line."""
+    """Of each benchmark and model the last run that measured it; parts of one measurement are joined.
+
+    Only figures that all of its parts have are kept.
+    """
     ordered = list(results)
-    runs = {result.benchmark: result.run for result in ordered}
-    return list({result.key: result for result in ordered if result.run == runs[result.benchmark]}.values())
+    runs = {(result.benchmark, result.model): result.run for result in ordered}
+    parts: dict[str, list[Result]] = {}
+    for result in ordered:
+        if result.run == runs[result.benchmark, result.model]:
+            parts.setdefault(result.key, []).append(result)
+    return [_joined(held) for held in parts.values()]
+
+
+def _joined(parts: Sequence[Result]) -> Result:
+    names = [name for name in parts[-1].figures if all(name in part.figures for part in parts)]
+    return dataclasses.replace(
+        parts[-1], figures={name: Figure.joined([part.figures[name] for part in parts]) for name in names}
+    )
 
 
 class Journal:
@@ -131,7 +152,11 @@ class Journal:
 
     def __contains__(self, result: Result) -> bool:
         """Whether the run has measured the same already."""
-        return result.key in {held.key for held in self.results}
+        return self.count(result) > 0
+
+    def count(self, result: Result) -> int:
+        """How many parts of the same measurement the run has."""
+        return sum(held.key == result.key for held in self.results)
 
     def add(self, result: Result) -> Result:
         """Append a result, complete with run, time, commit and machine, and return it."""

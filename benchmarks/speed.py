@@ -22,7 +22,8 @@ from runtime.manifest import TOKENIZER
 from runtime.tokenizer import Tokenizer
 
 BATCH = 32
-CALLERS = (1, 4, 16)
+WORDS = (8, 16, 32, 64, 128)
+"""Of the texts that show how cost grows with length."""
 
 Sample = dict[str, float]
 """Figures of one engine in one round; ``seconds`` is what ratios are made of."""
@@ -33,10 +34,16 @@ Measure = Callable[[Worker], Sample]
 class Profile:
     """How much is measured."""
 
+    starts: int
+    """How often every engine is started anew."""
     rounds: int
-    """How often the engines take turns."""
+    """How often the engines take turns after each start."""
     texts: dict[str, int]
     """How many texts of each of ``LENGTHS``."""
+    orders: tuple[str, ...]
+    """In which order they come; ``by length`` spares the engines that don't sort their padding."""
+    callers: tuple[int, ...]
+    """How many ask at once, in the order of measuring."""
     queries: int
     """How many queries' latencies make a round."""
     indexed: int
@@ -46,8 +53,26 @@ class Profile:
 
 
 PROFILES = {
-    "quick": Profile(rounds=3, texts={"short": 256, "medium": 48, "long": 16}, queries=48, indexed=5_000, growth=False),
-    "full": Profile(rounds=5, texts={"short": 512, "medium": 96, "long": 32}, queries=96, indexed=100_000, growth=True),
+    "quick": Profile(
+        starts=2,
+        rounds=3,
+        texts={"short": 128, "medium": 32, "long": 12},
+        orders=("as it comes",),
+        callers=(1, 16),
+        queries=48,
+        indexed=5_000,
+        growth=False,
+    ),
+    "full": Profile(
+        starts=3,
+        rounds=3,
+        texts={"short": 256, "medium": 64, "long": 24},
+        orders=("as it comes", "by length"),
+        callers=(1, 4, 16),
+        queries=96,
+        indexed=100_000,
+        growth=True,
+    ),
 }
 
 
@@ -75,36 +100,36 @@ class Load:
     benchmark: str
     settings: dict[str, Any]
     measure: Measure
+    once: bool = False
+    """Whether it can be measured only once a start, with nothing to warm up."""
 
 
 def measure_speed(bench: Bench) -> None:
     """Measure the machine's peak, then cold start and memory, throughput, latency and growth of all engines.
 
-    A load is recorded when its last round is done, and isn't measured again if the journal has it.
+    Whatever an engine has done in a start's rounds is recorded at once, and isn't measured again if the journal has it.
     """
     peak = _roofline(bench)
-    _cold_starts(bench)
-    counts, medium = bench.profile.texts, LENGTHS["medium"]
+    profile, medium = bench.profile, LENGTHS["medium"]
     loads = [
-        _bulk(bench, peak, "bulk", {"texts": kind, "order": order}, words, counts[kind])
+        _bulk(bench, peak, "bulk", {"texts": kind, "order": order}, words, profile.texts[kind])
         for kind, words in LENGTHS.items()
-        for order in ("as it comes", "by length")
+        for order in profile.orders
     ]
-    loads += [_latency(bench, callers) for callers in CALLERS]
-    if not bench.profile.growth:
-        _take_turns(bench, bench.jobs, loads)
+    loads += [_latency(bench, callers) for callers in profile.callers]
+    for start in range(profile.starts):
+        _take_turns(bench, [_cold_start(bench), *loads], start)
+    if not profile.growth:
         return
     grow = partial(_bulk, bench, peak, "growth")
-    for words in (8, 16, 32, 64, 128):
-        loads.append(grow({"by": "words", "value": words}, (words, words), max(BATCH, counts["medium"] * 64 // words)))
-    for batch in (1, 8, 32, 128):
-        loads.append(grow({"by": "batch", "value": batch}, medium, max(batch, counts["medium"]), batch))
-    for count in (32, 256, 2048):
-        loads.append(grow({"by": "texts", "value": count}, LENGTHS["short"], count))
-    _take_turns(bench, bench.jobs, loads)
+    loads = [grow({"by": "words", "value": words}, (words, words), max(BATCH, 2048 // words)) for words in WORDS]
+    loads += [grow({"by": "batch", "value": batch}, medium, 64, batch) for batch in (1, 8, 32, 64)]
+    loads += [grow({"by": "texts", "value": count}, LENGTHS["short"], count) for count in (32, 256, 1024)]
+    _take_turns(bench, loads)
     for threads in range(1, bench.jobs[0].threads + 1):
-        jobs = [dataclasses.replace(job, threads=threads) for job in bench.jobs]
-        _take_turns(bench, jobs, [grow({"by": "threads", "value": threads}, medium, counts["medium"])])
+        fewer = dataclasses.replace(bench, jobs=[dataclasses.replace(job, threads=threads) for job in bench.jobs])
+        settings = {"by": "threads", "value": threads}
+        _take_turns(fewer, [_bulk(fewer, peak, "growth", settings, medium, profile.texts["medium"])])
 
 
 def _bulk(
@@ -151,8 +176,8 @@ def _latency(bench: Bench, callers: int) -> Load:
     return Load("latency", {"callers": callers, "threads": bench.jobs[0].threads}, measure)
 
 
-def _cold_starts(bench: Bench) -> None:
-    """From nothing to the first vector, and the most memory that medium texts take, in a new process each time."""
+def _cold_start(bench: Bench) -> Load:
+    """From nothing to the first vector, and the most memory that medium texts take; in a new process once."""
     inputs = _inputs(bench, LENGTHS["medium"], bench.profile.texts["medium"])
 
     def measure(worker: Worker) -> Sample:
@@ -160,51 +185,50 @@ def _cold_starts(bench: Bench) -> None:
         cost = {"peak MB": worker.ask("memory")["peak_mb"], "disk MB": size_mb(worker.job)}
         return {"seconds": worker.cold_s, "load s": worker.load_s, **cost}
 
-    load = Load("cold", {"threads": bench.jobs[0].threads}, measure)
-    if not _measured(bench, bench.jobs, load):
-        _rounds(bench, load, {job: partial(_start, job) for job in bench.jobs})
+    return Load("cold", {"threads": bench.jobs[0].threads}, measure, once=True)
 
 
-def _take_turns(bench: Bench, jobs: Sequence[Job], loads: Sequence[Load]) -> None:
-    """Start every engine, and let them take turns at each load that isn't in the journal yet."""
-    waiting = [load for load in loads if not _measured(bench, jobs, load)]
+def _take_turns(bench: Bench, loads: Sequence[Load], start: int = 0) -> None:
+    """Start every engine, and let them take turns at each load that the journal lacks of the start of this number."""
+    if not _waiting(bench, bench.jobs, loads, start):
+        return
     with contextlib.ExitStack() as stack:
         workers = {}
-        for job in jobs if waiting else ():
+        for job in bench.jobs:
             bench.progress(f"starting {name_of(job)}", 0)
             try:
-                workers[job] = stack.enter_context(_start(job))
+                workers[job] = stack.enter_context(Worker(prepared(job)))
             except EngineError as error:
                 bench.left_out(error)
-        for load in waiting:
-            _rounds(bench, load, {job: partial(_kept, worker) for job, worker in workers.items()})
+        for load in _waiting(bench, list(workers), loads, start):
+            _rounds(bench, load, workers)
 
 
-def _rounds(
-    bench: Bench, load: Load, opened: dict[Job, Callable[[], contextlib.AbstractContextManager[Worker]]]
-) -> None:
-    """A B B A A B …: one load, several rounds of all engines, and a result for each."""
-    samples: dict[Job, list[Sample]] = {job: [] for job in opened}
-    packages: dict[Job, dict[str, str]] = {}
+def _waiting(bench: Bench, jobs: Sequence[Job], loads: Sequence[Load], start: int) -> list[Load]:
+    return [load for load in loads if any(bench.journal.count(_result(bench, job, load)) <= start for job in jobs)]
+
+
+def _rounds(bench: Bench, load: Load, workers: dict[Job, Worker]) -> None:
+    """A B B A A B …: one load, several rounds of all engines, and a result for each; one that fails is dropped."""
+    samples: dict[Job, list[Sample]] = {job: [] for job in workers}
     words = " ".join(str(value) for value in (load.benchmark, *load.settings.values()))
-    for number in range(bench.profile.rounds + 1):  # the first one only warms up
+    rounds = 1 if load.once else bench.profile.rounds + 1  # the first one only warms up
+    for number in range(rounds):
         for job in list(samples)[:: 1 if number % 2 else -1]:
-            bench.progress(f"{words}: {name_of(job)}", number / (bench.profile.rounds + 1))
+            bench.progress(f"{words}: {name_of(job)}", number / rounds)
             try:
-                with opened[job]() as worker:
-                    samples[job].append(load.measure(worker))
-                    packages[job] = worker.versions
+                samples[job].append(load.measure(workers[job]))
             except EngineError as error:
                 bench.left_out(error)
-                del samples[job]
-    timed = {job: rounds[1:] for job, rounds in samples.items()}
-    baseline = next((rounds for job, rounds in timed.items() if (job.engine, job.variant) == BASELINE), None)
-    for job, rounds in timed.items():
-        figures = {name: Figure.of([sample[name] for sample in rounds]) for name in rounds[0]}
+                del samples[job], workers[job]
+    timed = {job: held if load.once else held[1:] for job, held in samples.items()}
+    baseline = next((held for job, held in timed.items() if (job.engine, job.variant) == BASELINE), None)
+    for job, held in timed.items():
+        figures = {name: Figure.of([sample[name] for sample in held]) for name in held[0]}
         if baseline:
-            ratios = [base["seconds"] / sample["seconds"] for base, sample in zip(baseline, rounds, strict=True)]
+            ratios = [base["seconds"] / sample["seconds"] for base, sample in zip(baseline, held, strict=True)]
             figures["ratio"] = Figure.of(ratios)
-        bench.found(bench.journal.add(_result(bench, job, load).filled(figures, packages[job])))
+        bench.found(bench.journal.add(_result(bench, job, load).filled(figures, workers[job].versions)))
 
 
 def _roofline(bench: Bench) -> dict[str, float]:
@@ -218,18 +242,6 @@ def _roofline(bench: Bench) -> dict[str, float]:
         held = bench.journal.add(result.filled(figures, versions(("onnxruntime", "numpy"))))
         bench.found(held)
     return {name: figure.median for name, figure in held.figures.items()}
-
-
-def _start(job: Job) -> Worker:
-    return Worker(prepared(job))
-
-
-def _kept(worker: Worker) -> contextlib.AbstractContextManager[Worker]:
-    return contextlib.nullcontext(worker)
-
-
-def _measured(bench: Bench, jobs: Sequence[Job], load: Load) -> bool:
-    return all(_result(bench, job, load) in bench.journal for job in jobs)
 
 
 def _result(bench: Bench, job: Job, load: Load) -> Result:

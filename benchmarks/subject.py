@@ -1,7 +1,6 @@
 """What is measured: one model, as our artifact and as the checkpoint that it was made of."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -128,8 +127,3 @@ def size_mb(job: Job) -> float:
     patterns = ("*.onnx", "*.onnx_data", "*.bin", "*.safetensors")
     files = {path for pattern in patterns for path in Path(job.source).rglob(pattern)}
     return sum(path.stat().st_size for path in files) / 1e6
-
-
-def names(jobs: Sequence[Job]) -> str:
-    """Engines and variants in words."""
-    return ", ".join(f"{job.engine}:{job.variant}" for job in jobs)
