@@ -1,7 +1,10 @@
 """What callers may pass: every public method checks here before it does any work."""
 
+import itertools
 import operator
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -11,38 +14,76 @@ from numpy.typing import NDArray
 from runtime.errors import InputError
 
 
-def check_texts(texts: str | Sequence[str], first: int = 0) -> Sequence[str]:
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a call may ask for, so that nobody can keep a service busy for long; None is no limit."""
+
+    texts: int | None = None
+    """Texts, or pairs of a reranker."""
+    characters: int | None = None
+    """Of one text; a query and its passage count apart."""
+
+    def __post_init__(self) -> None:
+        """Raise ``InputError`` on a limit below 1."""
+        for name in ("texts", "characters"):
+            if getattr(self, name) is not None:
+                check_count(f"limits.{name}", getattr(self, name), sys.maxsize)
+
+
+NO_LIMITS = Limits()
+
+
+def check_texts(texts: str | Sequence[str], first: int = 0, limits: Limits = NO_LIMITS) -> Sequence[str]:
     """The texts as a list of str.
 
     Args:
         texts: One text or several.
         first: The first one's number in error messages.
+        limits: What they must keep to.
 
     Raises:
-        InputError: Not a str or a list of str; names the first that isn't.
+        InputError: Not a str or a list of str, or beyond a limit; names the first such text.
     """
-    if isinstance(texts, str):
-        return [texts]
-    checked = list(check_iterable(texts))
+    checked = [texts] if isinstance(texts, str) else _several("texts", texts, limits)
     for i, text in enumerate(checked, first):
         if not isinstance(text, str):
             raise InputError(f"text {i} is {type(text).__name__}, not str; convert or drop it")
+        _check_length("text", i, text, limits)
     return checked
 
 
-def check_pairs(pairs: Sequence[tuple[str, str]] | tuple[str, str]) -> tuple[list[tuple[str, str]], bool]:
+def _several(what: str, items: Iterable[Any], limits: Limits) -> list[Any]:
+    most = None if limits.texts is None else limits.texts + 1
+    checked = list(itertools.islice(check_iterable(items), most))
+    if len(checked) == most:
+        raise InputError(f"there are more than {limits.texts} {what}, this service's limit; send them in several calls")
+    return checked
+
+
+def _check_length(what: str, i: int, text: str, limits: Limits) -> None:
+    if limits.characters is not None and len(text) > limits.characters:
+        raise InputError(
+            f"{what} {i} has {len(text)} characters where this service takes {limits.characters}; split it"
+        )
+
+
+def check_pairs(
+    pairs: Sequence[tuple[str, str]] | tuple[str, str], limits: Limits = NO_LIMITS
+) -> tuple[list[tuple[str, str]], bool]:
     """The pairs as a list of tuples of two str, and whether it was one pair rather than a list.
 
     Raises:
-        InputError: Not a list of pairs of str; names the first that isn't.
+        InputError: Not a list of pairs of str, or beyond a limit; names the first such pair.
     """
     single = isinstance(pairs, list | tuple) and len(pairs) == 2 and all(isinstance(text, str) for text in pairs)
     checked = []
-    for i, pair in enumerate(check_iterable([pairs] if single else pairs)):
+    for i, pair in enumerate([pairs] if single else _several("pairs", pairs, limits)):
         ordered = isinstance(pair, Iterable) and not isinstance(pair, str | bytes | Mapping | Set)
         both = tuple(pair) if ordered else ()
         if len(both) != 2 or not all(isinstance(text, str) for text in both):
             raise InputError(f"pair {i} is {str(pair)[:60]!r}; pass (query, passage), both str")
+        for text in both:
+            _check_length("pair", i, text, limits)
         checked.append((both[0], both[1]))
     return checked, single
 

@@ -1,17 +1,17 @@
 """The embedder: texts in, dense, sparse or multi-vector representations out."""
 
+import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.batching import plan_batches
 from runtime.checks import check_count, check_iterable, check_pairs, check_texts, check_weights
-from runtime.errors import ArtifactError, InputError
+from runtime.errors import InputError
 from runtime.hybrid import (
     colbert_score,
     colbert_vectors,
@@ -19,7 +19,8 @@ from runtime.hybrid import (
     token_lexical_weights,
     vocabulary_lexical_weights,
 )
-from runtime.model import MAX_TOKENS_PER_RUN, open_model
+from runtime.microbatch import MicroBatcher
+from runtime.model import MAX_TOKENS_PER_RUN, Model
 from runtime.pooling import Floats, normalize, pool
 
 VOCABULARY_TOKENS_PER_RUN = 512
@@ -34,7 +35,7 @@ OUTPUTS = {
 """What FlagEmbedding calls the representation that is made of each output of a graph."""
 
 
-class Embedder:
+class Embedder(Model):
     """An exported embedder. Safe to use from many threads at once.
 
     The names and results are those of FlagEmbedding's ``FlagModel``, and ``BGEM3FlagModel`` where the model has further
@@ -43,39 +44,22 @@ class Embedder:
     Attributes:
         manifest: What the export recorded about the model.
         variant: The variant that was loaded, such as ``int8``.
-        dim: Length of a dense vector.
         max_length: Tokens that are read of a text, special tokens included.
     """
 
     compute_lexical_matching_score = staticmethod(compute_lexical_matching_score)
     colbert_score = staticmethod(colbert_score)
 
-    def __init__(
-        self, path: str | Path, variant: str = "auto", device: str = "auto", threads: int | None = None
-    ) -> None:
-        """Load an artifact folder.
+    KIND = "embedder"
 
-        Args:
-            path: The folder that ``python -m export`` wrote.
-            variant: ``fp32``, ``int8``, … or ``auto``: the fastest that the artifact has for the device.
-            device: ``cpu``, ``cuda`` or ``auto``.
-            threads: CPU threads for a run; by default all that the process may use.
+    @property
+    def dim(self) -> int:
+        """Length of a dense vector."""
+        return self.manifest.dim
 
-        Raises:
-            ArtifactError: The folder is not a whole, unaltered artifact of an embedder, or lacks the variant.
-            InputError: ``threads`` is no sensible number.
-            ProviderError: The device can't be had.
-        """
-        self._model = open_model(path, "embedder", variant, device, threads)
-        self.manifest = self._model.manifest
-        self.variant = self._model.variant
-        self.dim = self.manifest.dim
-        self.max_length = self.manifest.max_length
-        width = self._model.session.get_outputs()[0].shape[-1]
-        if isinstance(width, int) and width != self.dim:
-            raise ArtifactError(
-                f"{path}: its graph gives vectors of {width} dimensions, not {self.dim}; export it again"
-            )
+    @functools.cached_property
+    def _together(self) -> MicroBatcher[str]:
+        return MicroBatcher(self._embed, self._hook)
 
     @overload
     def encode(
@@ -137,7 +121,11 @@ class Embedder:
         if return_sparse or return_colbert_vecs or not return_dense:
             if truncate_dim is not None or chunk:
                 raise InputError("truncate_dim and chunk are for dense vectors alone; encode twice, or leave them out")
-            return self._encode_ways(texts, truncate, return_dense, return_sparse, return_colbert_vecs)
+            checked = check_texts(texts, limits=self._limits)
+            ways = self._represent(checked, truncate, return_dense, return_sparse, return_colbert_vecs)
+            return {
+                way: found[0] if found is not None and isinstance(texts, str) else found for way, found in ways.items()
+            }
         return self._encode(texts, "", truncate_dim, truncate, chunk)
 
     def encode_queries(
@@ -183,10 +171,33 @@ class Embedder:
             raise InputError("encode_iter takes an iterable of texts, not one str; pass [text] or use encode")
         chunk_size = check_count("chunk_size", chunk_size, sys.maxsize)
         stream = check_iterable(texts)
+        limits = dataclasses.replace(self._limits, texts=None)
         done = 0
         while chunk := list(itertools.islice(stream, chunk_size)):
-            yield from self._encode(chunk, "", truncate_dim, truncate, first=done)
+            yield from self._embed(check_texts(chunk, done, limits), truncate_dim, truncate, first=done)
             done += len(chunk)
+
+    async def aencode(
+        self, texts: str | Sequence[str], *, truncate_dim: int | None = None, truncate: bool = True
+    ) -> Floats:
+        """``encode`` for dense vectors in asyncio: the loop stays free, and concurrent calls run together.
+
+        The vectors are those of ``encode`` to the bit. At most 1,024 calls are queued, further ones wait for room;
+        bound the wait with ``asyncio.timeout``. For other outputs, use ``asyncio.to_thread(embedder.encode, …)``.
+        """
+        return await self._aencode(texts, "", truncate_dim, truncate)
+
+    async def aencode_queries(
+        self, texts: str | Sequence[str], *, truncate_dim: int | None = None, truncate: bool = True
+    ) -> Floats:
+        """``aencode`` with the model's query instruction before each text."""
+        return await self._aencode(texts, self.manifest.prompts.get("query", ""), truncate_dim, truncate)
+
+    async def aencode_corpus(
+        self, texts: str | Sequence[str], *, truncate_dim: int | None = None, truncate: bool = True
+    ) -> Floats:
+        """``aencode`` with the model's passage prompt (mostly none) before each text."""
+        return await self._aencode(texts, self.manifest.prompts.get("passage", ""), truncate_dim, truncate)
 
     def compute_score(
         self,
@@ -210,9 +221,9 @@ class Embedder:
         """
         modes = (1.0, 1.0, 1.0) if weights_for_different_modes is None else weights_for_different_modes
         weights = check_weights("weights_for_different_modes", modes)
-        checked, single = check_pairs(pairs)
+        checked, single = check_pairs(pairs, self._limits)
         texts = list(dict.fromkeys(text for pair in checked for text in pair))
-        ways = self._encode_ways(texts, True, True, True, True)
+        ways = self._represent(texts, True, True, True, True)
         place = {text: i for i, text in enumerate(texts)}
         scores = np.empty((len(checked), 3))
         for i, (query, passage) in enumerate(checked):
@@ -235,38 +246,48 @@ class Embedder:
         Raises:
             InputError: Something that isn't a valid text.
         """
-        counts = self._model.tokenizer.count(check_texts(texts))
+        counts = self._tokenizer.count(check_texts(texts, limits=self._limits))
         return counts[0] if isinstance(texts, str) else counts
 
     def _encode(
+        self, texts: str | Sequence[str], prompt: str, truncate_dim: int | None, truncate: bool, chunk: bool = False
+    ) -> Floats:
+        """Dense vectors of one text or several."""
+        checked = [prompt + text for text in check_texts(texts, limits=self._limits)]
+        vectors = self._embed(checked, truncate_dim, truncate, chunk)
+        return vectors[0] if isinstance(texts, str) else vectors
+
+    async def _aencode(
+        self, texts: str | Sequence[str], prompt: str, truncate_dim: int | None, truncate: bool
+    ) -> Floats:
+        """``_encode``, together with what else is called meanwhile."""
+        checked = [prompt + text for text in check_texts(texts, limits=self._limits)]
+        found = await self._together(checked, truncate_dim=truncate_dim, truncate=truncate)
+        return found[0] if isinstance(texts, str) else found
+
+    def _embed(
         self,
-        texts: str | Sequence[str],
-        prompt: str,
-        truncate_dim: int | None,
-        truncate: bool,
+        texts: Sequence[str],
+        truncate_dim: int | None = None,
+        truncate: bool = True,
         chunk: bool = False,
         first: int = 0,
     ) -> Floats:
-        """Dense vectors of one text or several."""
+        """Dense vectors of checked texts, float32 ``(n, dim)``."""
         self._output("dense_vecs")
         if truncate_dim is not None:
             truncate_dim = check_count("truncate_dim", truncate_dim, self.dim)
-        checked = [prompt + text for text in check_texts(texts, first)]
         if chunk:
-            pieces = self._model.tokenizer.encode_chunks(checked, first)
+            pieces = self._tokenizer.encode_chunks(texts, first)
             vectors = self._dense([ids for text in pieces for ids in text], truncate_dim)
-            vectors = self._join(vectors, [[len(ids) for ids in text] for text in pieces])
-        else:
-            vectors = self._dense(self._model.tokenizer.encode(checked, truncate, first), truncate_dim)
-        return vectors[0] if isinstance(texts, str) else vectors
+            return self._join(vectors, [[len(ids) for ids in text] for text in pieces])
+        return self._dense(self._tokenizer.encode(texts, truncate, first), truncate_dim)
 
     def _dense(self, ids: list[list[int]], truncate_dim: int | None) -> Floats:
         """float32 ``(n, dim)``; zeros for a text without tokens, which only tokenizers without special tokens give."""
         vectors = np.zeros((len(ids), truncate_dim or self.dim), np.float32)
-        for batch in plan_batches([len(row) for row in ids], MAX_TOKENS_PER_RUN):
-            if ids[batch[0]]:
-                (hidden,) = self._model.run(["last_hidden_state"], np.array([ids[i] for i in batch], np.int64))
-                vectors[batch] = self._pool(hidden, truncate_dim)
+        for places, _, (hidden,) in self._run(["last_hidden_state"], ids):
+            vectors[places] = self._pool(hidden, truncate_dim)
         return vectors
 
     def _pool(self, hidden: Floats, truncate_dim: int | None = None) -> Floats:
@@ -289,29 +310,24 @@ class Embedder:
                 joined[i] = normalize(joined[i])
         return joined
 
-    def _encode_ways(
-        self, texts: str | Sequence[str], truncate: bool, dense: bool, sparse: bool, colbert: bool
+    def _represent(
+        self, texts: Sequence[str], truncate: bool, dense: bool, sparse: bool, colbert: bool
     ) -> dict[str, Any]:
-        """All that was asked for, from one pass of the graph."""
+        """All that was asked for of checked texts, from one pass of the graph."""
         asked = {"dense_vecs": dense, "lexical_weights": sparse, "colbert_vecs": colbert}
         outputs = {way: self._output(way) for way, wanted in asked.items() if wanted}
         if not outputs:
             raise InputError("nothing to return; pass return_dense, return_sparse or return_colbert_vecs")
-        ids = self._model.tokenizer.encode(check_texts(texts), truncate)
+        ids = self._tokenizer.encode(texts, truncate)
         tokens = VOCABULARY_TOKENS_PER_RUN if "vocabulary_weights" in outputs.values() else MAX_TOKENS_PER_RUN
         results: dict[str, Any] = {way: [None] * len(ids) if wanted else None for way, wanted in asked.items()}
-        for batch in plan_batches([len(row) for row in ids], tokens):
-            rows = np.array([ids[i] for i in batch], np.int64)
-            for (way, output), values in zip(
-                outputs.items(), self._model.run(list(outputs.values()), rows), strict=True
-            ):
-                for i, value in zip(batch, self._finish(output, rows, values), strict=True):
+        for places, rows, found in self._run(list(outputs.values()), ids, tokens=tokens):
+            for (way, output), values in zip(outputs.items(), found, strict=True):
+                for i, value in zip(places, self._finish(output, rows, values), strict=True):
                     results[way][i] = value
         if dense:
             results["dense_vecs"] = np.array(results["dense_vecs"], np.float32).reshape(-1, self.dim)
-        return {
-            way: found[0] if found is not None and isinstance(texts, str) else found for way, found in results.items()
-        }
+        return results
 
     def _finish(self, output: str, ids: NDArray[np.int64], values: Floats) -> Sequence[Any]:
         """What a text gets of an output of the graph, for each text of a batch."""

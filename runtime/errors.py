@@ -15,3 +15,7 @@ class ProviderError(BgeOnnxError):
 
 class InputError(BgeOnnxError, ValueError):
     """The caller passed something that can't be embedded or scored."""
+
+
+class RunError(BgeOnnxError):
+    """A run of the graph failed, most often for want of memory; the model can still be used."""

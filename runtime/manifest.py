@@ -13,6 +13,8 @@ from runtime.errors import ArtifactError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+MANIFEST_LIMIT = 1_000_000
+"""Bytes of a manifest; those of an export have a few thousand."""
 TOKENIZER = "tokenizer.json"
 
 Kind = Literal["embedder", "reranker"]
@@ -117,7 +119,11 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        data = json.loads(path.read_text("utf-8"))
+        with path.open("rb") as stream:
+            text = stream.read(MANIFEST_LIMIT + 1)
+        if len(text) > MANIFEST_LIMIT:
+            raise ArtifactError(f"{path}: more than {MANIFEST_LIMIT:,} bytes are no manifest; export the model again")
+        data = json.loads(text.decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ArtifactError(
             f"{path}: no such file; export the model first (python -m export --model NAME --out {folder})"
@@ -160,22 +166,41 @@ def _check(manifest: Manifest) -> None:
         raise ArtifactError("dim, max_length and variants must not be empty")
 
 
-def verify_file(folder: Path, manifest: Manifest, name: str) -> Path:
-    """The path of a file whose size and SHA-256 are those of the manifest.
+def verify_artifact(folder: str | Path) -> Manifest:
+    """Check every file of an artifact against its manifest, and return that.
 
     Raises:
-        ArtifactError: It is missing or was altered since the export.
+        ArtifactError: A file is missing or was altered since the export.
+    """
+    manifest = load_manifest(Path(folder))
+    for name in manifest.files:
+        check_file(Path(folder), manifest, name)
+    return manifest
+
+
+def check_file(folder: Path, manifest: Manifest, name: str, digest: bool = True) -> Path:
+    """The path of a file that lies in the folder and is what the manifest says.
+
+    Args:
+        folder: The artifact.
+        manifest: Its manifest.
+        name: The file's.
+        digest: Compare not only the size but the SHA-256.
+
+    Raises:
+        ArtifactError: It is missing, a link out of the folder, or was altered since the export.
     """
     path, expected = folder / name, manifest.files[name]
     try:
-        with path.open("rb") as stream:
-            size = path.stat().st_size
-            digest = hashlib.file_digest(stream, "sha256").hexdigest() if size == expected.size else ""
+        if not path.resolve(strict=True).is_relative_to(folder.resolve()) or not path.is_file():
+            raise ArtifactError(f"{path}: is not a file of the folder; copy the artifact whole, or export it again")
+        size = path.stat().st_size
+        found = describe_file(path) if digest and size == expected.size else None
     except OSError as error:
         raise ArtifactError(f"{path}: {error.strerror or error}; export the model again") from None
     if size != expected.size:
         raise ArtifactError(f"{path}: {size} bytes where the manifest says {expected.size}; export the model again")
-    if digest != expected.sha256:
+    if found and found.sha256 != expected.sha256:
         raise ArtifactError(f"{path}: its SHA-256 is not the manifest's, so it was altered; export the model again")
     return path
 

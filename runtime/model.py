@@ -1,18 +1,25 @@
 """What an embedder and a reranker share: an artifact opened on a device, and the one way to run its graph."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.checks import check_count
-from runtime.errors import ArtifactError
-from runtime.manifest import TOKENIZER, Kind, Manifest, load_manifest, verify_file
+from runtime.batching import plan_batches
+from runtime.checks import NO_LIMITS, Limits, check_count
+from runtime.errors import ArtifactError, InputError
+from runtime.manifest import TOKENIZER, Kind, Manifest, check_file, load_manifest
+from runtime.metrics import Hook, ignore
 from runtime.session import PROVIDERS, Session, choose_device, create_session, run_session, usable_cpus
 from runtime.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS_PER_RUN = 8192
 """Bounds memory: one run never holds more tokens, unless a single text does."""
@@ -23,51 +30,132 @@ PREFERENCE = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32")}
 MAX_THREADS = 1024
 
 
-@dataclass(frozen=True, slots=True)
 class Model:
-    """An artifact with one of its variants loaded."""
+    """An exported model with one of its variants loaded.
 
-    manifest: Manifest
-    variant: str
-    tokenizer: Tokenizer
-    session: Session
+    Safe to use from many threads at once, and after a fork: a session's threads don't live on in a child process,
+    which therefore opens one of its own when it first needs it.
 
-    def run(
-        self, outputs: Sequence[str], ids: NDArray[np.int64], token_types: NDArray[np.int64] | None = None
-    ) -> list[Any]:
-        """``run_session`` on its graph."""
-        return run_session(self.session, outputs, ids, token_types)
-
-
-def open_model(path: str | Path, kind: Kind, variant: str, device: str, threads: int | None) -> Model:
-    """Open an artifact folder.
-
-    Args:
-        path: The folder that ``python -m export`` wrote.
-        kind: What it has to hold.
-        variant: ``fp32``, ``int8``, … or ``auto``: the fastest that the artifact has for the device.
-        device: ``cpu``, ``cuda`` or ``auto``.
-        threads: CPU threads for a run; by default all that the process may use.
-
-    Raises:
-        ArtifactError: The folder is not a whole, unaltered artifact of the kind, or lacks the variant.
-        InputError: ``threads`` is no sensible number.
-        ProviderError: The device can't be had.
+    Attributes:
+        manifest: What the export recorded about the model.
+        variant: The variant that was loaded, such as ``int8``.
+        max_length: Tokens that are read of a text, or of a pair together, special tokens included.
     """
-    folder = Path(path)
-    manifest = load_manifest(folder)
-    if manifest.kind != kind:
-        raise ArtifactError(f"{folder}: holds a {manifest.kind}, no {kind}; open it with {manifest.kind.title()}")
-    if threads is not None:
-        threads = check_count("threads", threads, MAX_THREADS)
-    chosen = choose_device(device)
-    variant = _choose_variant(folder, manifest, variant, chosen)
-    tokenizer = Tokenizer(verify_file(folder, manifest, TOKENIZER), manifest.max_length)
-    loaded = manifest.variants[variant]
-    if loaded.data:
-        verify_file(folder, manifest, loaded.data)
-    graph = verify_file(folder, manifest, loaded.file)
-    return Model(manifest, variant, tokenizer, create_session(graph, chosen, threads or usable_cpus()))
+
+    KIND: ClassVar[Kind]
+
+    def __init__(
+        self,
+        path: str | Path,
+        variant: str = "auto",
+        device: str = "auto",
+        threads: int | None = None,
+        *,
+        verify: bool = True,
+        limits: Limits = NO_LIMITS,
+        hook: Hook = ignore,
+    ) -> None:
+        """Load an artifact folder.
+
+        Args:
+            path: The folder that ``python -m export`` wrote.
+            variant: ``fp32``, ``int8``, … or ``auto``: the fastest that the artifact has for the device.
+            device: ``cpu``, ``cuda`` or ``auto``.
+            threads: CPU threads for a run; by default all that the process may use.
+            verify: Check the SHA-256 of every file that is loaded. False is for a service that starts often, from a
+                folder that ``verify_artifact`` has checked since it was last written to.
+            limits: What a call may ask for.
+            hook: Gets what is counted (``runtime.metrics``).
+
+        Raises:
+            ArtifactError: The folder is not a whole, unaltered artifact of the kind, or lacks the variant.
+            InputError: ``threads`` is no sensible number.
+            ProviderError: The device can't be had.
+        """
+        self._folder, self._verify, self._limits, self._hook = Path(path), verify, limits, hook
+        self.manifest = load_manifest(self._folder)
+        if self.manifest.kind != self.KIND:
+            raise ArtifactError(
+                f"{path}: holds a {self.manifest.kind}, no {self.KIND}; open it with {self.manifest.kind.title()}"
+            )
+        self._threads = usable_cpus() if threads is None else check_count("threads", threads, MAX_THREADS)
+        self._device = choose_device(device)
+        self.variant = _choose_variant(self._folder, self.manifest, variant, self._device)
+        self.max_length = self.manifest.max_length
+        self._tokenizer = Tokenizer(self._file(TOKENIZER), self.max_length, hook)
+        self._opened: tuple[int, Session] | None = os.getpid(), self._open()
+
+    def close(self) -> None:
+        """Free the memory; calls that are running end well, later ones raise ``InputError``."""
+        self._opened = None
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def _file(self, name: str) -> Path:
+        return check_file(self._folder, self.manifest, name, digest=self._verify)
+
+    def _open(self) -> Session:
+        loaded = self.manifest.variants[self.variant]
+        if loaded.data:
+            self._file(loaded.data)
+        session = create_session(self._file(loaded.file), self._device, self._threads)
+        for output in session.get_outputs():
+            width = output.shape[-1]
+            if output.name == "last_hidden_state" and isinstance(width, int) and width != self.manifest.dim:
+                raise ArtifactError(
+                    f"{self._folder}: its graph gives vectors of {width} dimensions, not {self.manifest.dim}; "
+                    "export it again"
+                )
+        return session
+
+    def _session(self) -> Session:
+        if self._opened is None:
+            raise InputError(f"the {self.KIND} {self.manifest.name} is closed; open it again")
+        process, session = self._opened
+        if process != os.getpid():
+            logger.info("%s: opened again in a forked process", self._folder)
+            session = self._open()
+            self._opened = os.getpid(), session
+        return session
+
+    def _run(
+        self,
+        outputs: Sequence[str],
+        ids: Sequence[list[int]],
+        types: Sequence[list[int]] | None = None,
+        tokens: int = MAX_TOKENS_PER_RUN,
+    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64], list[Any]]]:
+        """Run texts, those of equal length together.
+
+        Args:
+            outputs: Names of the graph's outputs.
+            ids: Token ids of each text; one without any is left out.
+            types: Token types of each text; all 0 by default.
+            tokens: Most tokens in a run.
+
+        Yields:
+            Of each run the places of its texts in ``ids``, their ids, int64 ``(n, tokens)``, and the outputs.
+        """
+        session = self._session()
+        for places in plan_batches([len(row) for row in ids], tokens):
+            rows = np.array([ids[i] for i in places], np.int64)
+            if rows.size:
+                row_types = None if types is None else np.array([types[i] for i in places], np.int64)
+                start = time.perf_counter()
+                found = run_session(session, outputs, rows, row_types)
+                self._hook("run_seconds", time.perf_counter() - start)
+                self._hook("batches", 1)
+                self._hook("texts", len(rows))
+                self._hook("tokens", rows.size)
+                yield places, rows, found
 
 
 def _choose_variant(folder: Path, manifest: Manifest, variant: str, device: str) -> str:

@@ -1,19 +1,19 @@
 """The reranker: a query and its passages in, scores out."""
 
+import functools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.batching import plan_batches
 from runtime.checks import check_count, check_pairs, check_texts
 from runtime.errors import InputError
-from runtime.model import MAX_TOKENS_PER_RUN, open_model
+from runtime.microbatch import MicroBatcher
+from runtime.model import Model
 
 
-class Reranker:
+class Reranker(Model):
     """An exported reranker (cross-encoder). Safe to use from many threads at once.
 
     The names and results are those of FlagEmbedding's ``FlagReranker``.
@@ -24,26 +24,11 @@ class Reranker:
         max_length: Tokens that are read of a query and passage together, special tokens included.
     """
 
-    def __init__(
-        self, path: str | Path, variant: str = "auto", device: str = "auto", threads: int | None = None
-    ) -> None:
-        """Load an artifact folder.
+    KIND = "reranker"
 
-        Args:
-            path: The folder that ``python -m export`` wrote.
-            variant: ``fp32``, ``int8``, … or ``auto``: the fastest that the artifact has for the device.
-            device: ``cpu``, ``cuda`` or ``auto``.
-            threads: CPU threads for a run; by default all that the process may use.
-
-        Raises:
-            ArtifactError: The folder is not a whole, unaltered artifact of a reranker, or lacks the variant.
-            InputError: ``threads`` is no sensible number.
-            ProviderError: The device can't be had.
-        """
-        self._model = open_model(path, "reranker", variant, device, threads)
-        self.manifest = self._model.manifest
-        self.variant = self._model.variant
-        self.max_length = self.manifest.max_length
+    @functools.cached_property
+    def _together(self) -> MicroBatcher[tuple[str, str]]:
+        return MicroBatcher(self._logits, self._hook)
 
     def compute_score(
         self, pairs: Sequence[tuple[str, str]] | tuple[str, str], normalize: bool = False, *, truncate: bool = True
@@ -64,10 +49,8 @@ class Reranker:
         Raises:
             InputError: Something that isn't a pair of valid texts, or too long with ``truncate=False``.
         """
-        checked, single = check_pairs(pairs)
-        logits = self._logits(checked, truncate)
-        scores = _sigmoid(logits) if normalize else logits
-        return float(scores[0]) if single else scores.tolist()
+        checked, single = check_pairs(pairs, self._limits)
+        return _scores(self._logits(checked, truncate), normalize, single)
 
     def rank(
         self, query: str, passages: Sequence[str], top_k: int | None = None, *, normalize: bool = False
@@ -86,25 +69,53 @@ class Reranker:
         Raises:
             InputError: Something that isn't a valid text, or ``top_k`` below 1.
         """
+        pairs = self._pairs(query, passages, top_k)
+        return _best(self._logits(pairs), top_k, normalize)
+
+    async def acompute_score(
+        self, pairs: Sequence[tuple[str, str]] | tuple[str, str], normalize: bool = False, *, truncate: bool = True
+    ) -> list[float] | float:
+        """``compute_score`` in asyncio: the loop stays free, and concurrent calls run together."""
+        checked, single = check_pairs(pairs, self._limits)
+        return _scores(await self._together(checked, truncate=truncate), normalize, single)
+
+    async def arank(
+        self, query: str, passages: Sequence[str], top_k: int | None = None, *, normalize: bool = False
+    ) -> list[tuple[int, float]]:
+        """``rank`` in asyncio: the loop stays free, and concurrent calls run together."""
+        pairs = self._pairs(query, passages, top_k)
+        return _best(await self._together(pairs, truncate=True), top_k, normalize)
+
+    def _pairs(self, query: str, passages: Sequence[str], top_k: int | None) -> list[tuple[str, str]]:
+        """What there is to score, checked."""
         if not isinstance(query, str):
             raise InputError(f"query is {type(query).__name__}; pass a str")
         if isinstance(passages, str):
             raise InputError("passages is one str; pass a list of str")
-        keep = None if top_k is None else check_count("top_k", top_k, sys.maxsize)
-        logits = self._logits([(query, passage) for passage in check_texts(passages)], truncate=True)
-        order = np.argsort(-logits, kind="stable")[:keep]
-        scores = _sigmoid(logits) if normalize else logits
-        return list(zip(order.tolist(), scores[order].tolist(), strict=True))
+        if top_k is not None:
+            check_count("top_k", top_k, sys.maxsize)
+        pairs = [(query, passage) for passage in check_texts(passages, limits=self._limits)]
+        return check_pairs(pairs, self._limits)[0]
 
-    def _logits(self, pairs: list[tuple[str, str]], truncate: bool) -> NDArray[np.float32]:
+    def _logits(self, pairs: Sequence[tuple[str, str]], truncate: bool = True) -> NDArray[np.float32]:
         """Raw logits, float32 ``(n,)``."""
-        encoded = self._model.tokenizer.encode_pairs(pairs, truncate)
+        encoded = self._tokenizer.encode_pairs(pairs, truncate)
         logits = np.empty(len(pairs), np.float32)
-        for batch in plan_batches([len(ids) for ids, _ in encoded], MAX_TOKENS_PER_RUN):
-            ids = np.array([encoded[i][0] for i in batch], np.int64)
-            token_types = np.array([encoded[i][1] for i in batch], np.int64)
-            logits[batch] = self._model.run(["logits"], ids, token_types)[0][:, 0]
+        for places, _, (found,) in self._run(["logits"], [ids for ids, _ in encoded], [types for _, types in encoded]):
+            logits[places] = found[:, 0]
         return logits
+
+
+def _scores(logits: NDArray[np.float32], normalize: bool, single: bool) -> list[float] | float:
+    scores: list[float] = (_sigmoid(logits) if normalize else logits).tolist()
+    return scores[0] if single else scores
+
+
+def _best(logits: NDArray[np.float32], top_k: int | None, normalize: bool) -> list[tuple[int, float]]:
+    """By the logits, since scores beyond a sigmoid's reach are all 1."""
+    order = np.argsort(-logits, kind="stable")[:top_k]
+    scores = _sigmoid(logits) if normalize else logits
+    return list(zip(order.tolist(), scores[order].tolist(), strict=True))
 
 
 def _sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float64]:

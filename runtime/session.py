@@ -10,8 +10,11 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import ArtifactError, ProviderError
+from runtime.errors import ArtifactError, ProviderError, RunError
 
+# From 1.29 on, onnxruntime reports its use to Microsoft unless this is set before it is imported. That would break the
+# promise to make no call of our own, and its threads make a forked process hang when it exits.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 try:
     import onnxruntime
 except ImportError as missing:
@@ -88,6 +91,10 @@ def run_session(
 
     Returns:
         Each output, float32 ``(n, …)``.
+
+    Raises:
+        ArtifactError: The graph doesn't know a token id.
+        RunError: ONNX Runtime failed, most often for want of memory.
     """
     feeds = {}
     for name in (entry.name for entry in session.get_inputs()):
@@ -100,7 +107,19 @@ def run_session(
                 feeds[name] = np.zeros_like(ids) if token_types is None else token_types
     options = onnxruntime.RunOptions()
     options.only_execute_path_to_fetches = True
-    held: list[Any] = session.run(list(outputs), feeds, options)
+    try:
+        held: list[Any] = session.run(list(outputs), feeds, options)
+    except Exception as error:  # onnxruntime's errors share no public base
+        cause = str(error).splitlines()[0][:300]
+        if "out of data bounds" in cause:
+            raise ArtifactError(
+                f"a token id up to {ids.max()} is not in the graph's vocabulary ({cause}); tokenizer.json and the "
+                "graph don't belong together, export the model again"
+            ) from None
+        raise RunError(
+            f"onnxruntime failed on {len(ids)} texts of {ids.shape[1]} tokens ({cause}); free some memory or pass "
+            "shorter texts"
+        ) from None
     return held
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import tokenizers
 
 from runtime.errors import ArtifactError, InputError
+from runtime.metrics import Hook, ignore
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,8 @@ class Tokenizer:
     ``transformers``' fast tokenizer with ``truncation=True`` on the right.
     """
 
-    def __init__(self, path: Path, max_length: int) -> None:
-        """Load ``tokenizer.json``.
+    def __init__(self, path: Path, max_length: int, hook: Hook = ignore) -> None:
+        """Load ``tokenizer.json``; the hook gets how many texts are ``truncated``.
 
         Raises:
             ArtifactError: The file is not a tokenizer, or its special tokens alone exceed ``max_length``.
@@ -31,6 +32,7 @@ class Tokenizer:
             raise ArtifactError(f"{path}: not a tokenizer ({error}); export the model again") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._hook = hook
         self._single, self._pair = self._template("a"), self._template("a", "a")
         self.max_length = max_length
         self._room = max_length - len(self._single.wrap([]))
@@ -126,6 +128,7 @@ class Tokenizer:
                 "split it, or pass truncate=True to keep its beginning"
             )
         if long:
+            self._hook("truncated", len(long))
             logger.warning("%d of %d %ss had more than %d tokens and were cut", len(long), total, what, self.max_length)
 
     def _bodies(self, texts: Sequence[str], name: Callable[[int], str] = "text {}".format) -> list[list[int]]:

@@ -43,7 +43,7 @@ def test_embedding_loads_nothing_heavy(tiny_artifact):
 
 def test_runtime_names_only_its_three_dependencies_and_the_standard_library():
     dependencies = {"runtime", "onnxruntime", "tokenizers", "numpy"}
-    optional = {"scipy", "usearch"}  # inside sparse_matrix and Retriever alone
+    optional = {"scipy", "usearch", "prometheus_client"}  # inside sparse_matrix and Retriever alone
     assert imported_by("runtime") - sys.stdlib_module_names == dependencies | optional
 
 

@@ -156,7 +156,7 @@ def test_no_texts_give_empty_results(fp32):
 
 def test_lexical_weights_are_of_the_texts_own_tokens_and_no_special_ones(m3):
     for text, weights in zip(TEXTS, m3.encode(TEXTS, return_sparse=True)["lexical_weights"], strict=True):
-        (ids,) = m3._model.tokenizer.encode([text])
+        (ids,) = m3._tokenizer.encode([text])
         assert weights.keys() <= {str(token) for token in set(ids) - set(m3.manifest.skipped_ids)}
         assert all(type(weight) is float and weight > 0 for weight in weights.values())
         assert bool(weights) == bool(text)

@@ -17,9 +17,9 @@ from runtime.manifest import (
     Parity,
     Source,
     Variant,
+    check_file,
     describe_file,
     load_manifest,
-    verify_file,
 )
 
 VALID = Manifest(
@@ -298,7 +298,7 @@ def put_a_folder_there(path):
         (append_a_byte, "bytes where the manifest says"),
         (lambda path: path.write_bytes(b""), "0 bytes where the manifest says"),
         (lambda path: path.unlink(), "No such file"),
-        (put_a_folder_there, "Is a directory"),
+        (put_a_folder_there, "is not a file of the folder"),
     ],
     ids=["altered", "grown", "emptied", "missing", "a folder"],
 )
@@ -318,4 +318,4 @@ def test_a_described_file_verifies(tmp_path):
     described = describe_file(tmp_path / "tokenizer.json")
     assert described == File(sha256="2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824", size=5)
     manifest = dataclasses.replace(VALID, files={"tokenizer.json": described})
-    assert verify_file(tmp_path, manifest, "tokenizer.json") == tmp_path / "tokenizer.json"
+    assert check_file(tmp_path, manifest, "tokenizer.json") == tmp_path / "tokenizer.json"

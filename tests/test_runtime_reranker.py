@@ -92,7 +92,7 @@ def test_a_bert_tells_the_passage_by_its_token_types(tiny_reranker):
     artifact, checkpoint = tiny_reranker("bert")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
     reranker = Reranker(artifact, "fp32")
-    ((ids, types),) = reranker._model.tokenizer.encode_pairs([PAIRS[0]])
+    ((ids, types),) = reranker._tokenizer.encode_pairs([PAIRS[0]])
     border = ids.index(3) + 1
     assert types == [0] * border + [1] * (len(ids) - border)
     with torch.inference_mode():

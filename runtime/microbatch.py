@@ -1,0 +1,110 @@
+"""Concurrent small calls joined into one: each run takes what came while the one before was busy."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from runtime.metrics import Hook
+from runtime.pooling import Floats
+
+TOGETHER = 256
+"""Items that make a run full; a call with more is cut up, so that it doesn't hold up the others."""
+QUEUED = 1024
+"""Calls, or pieces of them, that wait at once; further ones sleep until there is room."""
+
+Item = TypeVar("Item")
+
+
+class MicroBatcher(Generic[Item]):
+    """Runs a function in a thread on the items of all that ``await`` it.
+
+    Nothing waits for company: an idle function starts at once. Calls with other options than the oldest's wait for
+    the next run. A call that is cancelled before its run costs nothing.
+    """
+
+    def __init__(self, run: Callable[..., Floats], hook: Hook) -> None:
+        """Take the function, from a list of items and options to a row for each, and a hook for ``queue_seconds``."""
+        self._run, self._hook = run, hook
+        self._queues: dict[asyncio.AbstractEventLoop, _Queue[Item]] = {}
+
+    async def __call__(self, items: Sequence[Item], **options: Any) -> Floats:  # noqa: ANN401
+        """A row for each item, in their order; raises what the function raised on these items."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._queues:
+            alive = {other: queue for other, queue in self._queues.items() if not other.is_closed()}
+            self._queues = alive | {loop: _Queue(self._run, self._hook)}
+        queue = self._queues[loop]
+        pieces = [items[start : start + TOGETHER] for start in range(0, len(items) or 1, TOGETHER)]
+        return np.concatenate(await asyncio.gather(*(queue.answer(piece, options) for piece in pieces)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call(Generic[Item]):
+    items: Sequence[Item]
+    options: dict[str, Any]
+    answer: asyncio.Future[Floats]
+    since: float
+
+
+class _Queue(Generic[Item]):
+    """The calls of one event loop, first come, first served, and the thread that works them off."""
+
+    def __init__(self, run: Callable[..., Floats], hook: Hook) -> None:
+        self._run, self._hook = run, hook
+        self._calls: deque[_Call[Item]] = deque()
+        self._room = asyncio.Semaphore(QUEUED)
+        self._thread = ThreadPoolExecutor(1, "bge-onnx")
+        self._worker: asyncio.Task[None] | None = None
+
+    async def answer(self, items: Sequence[Item], options: dict[str, Any]) -> Floats:
+        since = time.perf_counter()
+        async with self._room:
+            call = _Call(items, options, asyncio.get_running_loop().create_future(), since)
+            self._calls.append(call)
+            if self._worker is None:  # it ends when there is nothing left, so that a closing loop finds no task of ours
+                self._worker = asyncio.create_task(self._work())
+            return await call.answer
+
+    async def _work(self) -> None:
+        try:
+            while calls := self._take():
+                for call in calls:
+                    self._hook("queue_seconds", time.perf_counter() - call.since)
+                await self._serve(calls)
+        finally:
+            self._worker = None
+
+    def _take(self) -> list[_Call[Item]]:
+        """The oldest calls with the same options, up to a full run."""
+        taken: list[_Call[Item]] = []
+        size = 0
+        while self._calls and size < TOGETHER and (not taken or self._calls[0].options == taken[0].options):
+            call = self._calls.popleft()
+            if not call.answer.cancelled():
+                taken.append(call)
+                size += len(call.items)
+        return taken
+
+    async def _serve(self, calls: list[_Call[Item]]) -> None:
+        items = [item for call in calls for item in call.items]
+        loop = asyncio.get_running_loop()
+        try:
+            results = await loop.run_in_executor(self._thread, lambda: self._run(items, **calls[0].options))
+        except Exception as error:
+            if len(calls) > 1:  # so that one caller's mistake is nobody else's
+                for call in calls:
+                    await self._serve([call])
+            elif not calls[0].answer.cancelled():
+                calls[0].answer.set_exception(error)
+            return
+        start = 0
+        for call in calls:
+            if not call.answer.cancelled():
+                call.answer.set_result(results[start : start + len(call.items)])
+            start += len(call.items)
