@@ -17,7 +17,13 @@ try:
     from export.catalog import POOLINGS, load_catalog
     from runtime.errors import BgeOnnxError
 except ImportError as missing:
+    if (missing.name or "").partition(".")[0] in ("export", "runtime"):
+        raise
     sys.exit(f"error: an export needs {missing.name}, which isn't installed; run: pip install 'bge-onnx[cpu,export]'")
+except Exception as error:
+    if type(error).__name__ != "ProviderError":  # a class that can't be imported where importing runtime raises it
+        raise
+    sys.exit(f"error: {error}")
 
 PIPED = 1000
 """Columns when the output is no terminal, so that a table is never cut."""
@@ -43,7 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m export", description="Export an embedder to a verified ONNX artifact.")
+    parser = argparse.ArgumentParser(
+        "python -m export", description="Export an embedder or reranker to a verified ONNX artifact."
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="a short name (see --list), a local checkpoint folder, or a hub id")
     what.add_argument("--list", action="store_true", help="print the models known by a short name")
@@ -101,6 +109,8 @@ def _export(options: argparse.Namespace) -> None:
         size = f"{manifest.files[variant.data or variant.file].size / 1e6:.1f} MB"
         table.add_row(name, size, *parities[name].values(), f"{path}/{variant.file}")
     console.print(f"{manifest.name}: {summary(manifest)}")
+    if manifest.kind == "embedder":
+        console.print(f"query prompt: {manifest.prompts.get('query', 'none')}", markup=False)
     console.print(table)
     console.print(f"\n{usage(manifest, str(path))}", markup=False)
 

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -90,8 +91,8 @@ def describe_checkpoint(spec: ModelSpec, folder: Path, pooling: Pooling | None) 
     """
     config = read_json(folder / "config.json")
     modules = _modules(folder)
-    is_reranker = not modules and any(
-        name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()
+    is_reranker = "Pooling" not in modules and any(
+        str(name).endswith("ForSequenceClassification") for name in config.take("architectures", list) or ()
     )
     kind: Kind = "reranker" if is_reranker or spec.kind == "reranker" else "embedder"
     outputs = _outputs(folder, kind, modules, config)
@@ -102,15 +103,13 @@ def describe_checkpoint(spec: ModelSpec, folder: Path, pooling: Pooling | None) 
             f"{folder}: nothing says how this embedder pools (no 1_Pooling/config.json, no row in models.yaml), and a "
             "guess would be silently wrong; pass --pooling cls, mean, last_token or max, as its model card says"
         )
-    prompts = {
-        {"document": "passage"}.get(key, key): text
-        for key, text in (read_json(folder / "config_sentence_transformers.json", {}).get("prompts") or {}).items()
-        if text
-    }
+    path = folder / "config_sentence_transformers.json"
+    given = Settings(path, read_json(path, {}).take("prompts", dict) or {})
+    prompts = {{"document": "passage"}.get(key, key): text for key in given if (text := given.take(key, str))}
     return dataclasses.replace(
         spec,
         kind=kind,
-        architecture=config.get("model_type"),
+        architecture=config.take("model_type", str, ""),
         pooling=chosen,
         normalize=pools and ("Normalize" in modules if modules else spec.normalize),
         dim=_dim(config, outputs),
@@ -122,24 +121,29 @@ def describe_checkpoint(spec: ModelSpec, folder: Path, pooling: Pooling | None) 
 
 def _modules(folder: Path) -> dict[str, str]:
     """Class name → folder of sentence-transformers' modules, refusing those that would change the vectors."""
-    listed = read_json(folder / "modules.json", [])
-    modules = {entry["type"].rpartition(".")[2]: entry["path"] for entry in listed}
+    path = folder / "modules.json"
+    entries = [Settings(path, entry if isinstance(entry, dict) else {}) for entry in read_json(path, [])]
+    modules = {
+        entry.take("type", str, "without a type").rpartition(".")[2]: entry.take("path", str, "") for entry in entries
+    }
     if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize", "MLMTransformer", "SpladePooling"}:
         raise ExportError(
-            f"{folder / 'modules.json'}: the module {min(unknown)} can't be exported yet, only Transformer, Pooling "
+            f"{path}: the module {min(unknown)} can't be exported yet, only Transformer, Pooling "
             "and Normalize; without it the vectors would be wrong"
         )
     return modules
 
 
-def _outputs(folder: Path, kind: Kind, modules: dict[str, str], config: dict[str, Any]) -> tuple[Output, ...]:
+def _outputs(folder: Path, kind: Kind, modules: dict[str, str], config: "Settings") -> tuple[Output, ...]:
     """What the graph of a checkpoint gives.
 
     Raises:
         ExportError: A reranker with several labels, or a SPLADE that pools as none of ours does.
     """
     if kind == "reranker":
-        if (labels := len(config.get("id2label") or (0, 1))) != 1:  # transformers' default is 2
+        names = config.take("id2label", dict)
+        labels = config.take("num_labels", int, 2) if names is None else len(names)  # 2 is transformers' default
+        if labels != 1:
             raise ExportError(f"{folder}: a classifier of {labels} labels; a reranker has 1, so this isn't one")
         return ("logits",)
     if "SpladePooling" in modules:
@@ -153,47 +157,84 @@ def _outputs(folder: Path, kind: Kind, modules: dict[str, str], config: dict[str
     return ("last_hidden_state",)
 
 
-def _dim(config: dict[str, Any], outputs: tuple[Output, ...]) -> int | None:
+def _dim(config: "Settings", outputs: tuple[Output, ...]) -> int | None:
     match outputs[0]:
         case "logits":
             return 1
         case "vocabulary_weights":
-            return config.get("vocab_size")
-    return config.get("hidden_size") or config.get("dim")
+            return config.take("vocab_size", int)
+    return config.take("hidden_size", int) or config.take("dim", int)
 
 
 def _declared_pooling(folder: Path, modules: dict[str, str]) -> Pooling | None:
     path = folder / modules.get("Pooling", "1_Pooling") / "config.json"
     settings = read_json(path, {})
+    if not settings.take("include_prompt", bool, True):
+        raise ExportError(
+            f"{path}: include_prompt is false, and pooling without a prompt's tokens can't be exported yet; with "
+            "them the vectors would be wrong"
+        )
     names = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last_token"}
     names |= {"cls": "cls", "mean": "mean", "max": "max"}  # as sentence-transformers writes them since 5.2
     flags = [
         key.removeprefix("pooling_mode_") for key, on in settings.items() if key.startswith("pooling_mode_") and on
     ]
-    modes = settings.get("pooling_mode", flags)
+    modes = settings.take("pooling_mode", str | list, flags)
     modes = [modes] if isinstance(modes, str) else modes
     if not modes:
         return None
-    if len(modes) > 1 or modes[0] not in names:
-        raise ExportError(f"{path}: pooling by {' + '.join(modes)} is not supported, only by {', '.join(names)}")
+    if len(modes) > 1 or str(modes[0]) not in names:
+        chosen = " + ".join(map(str, modes))
+        raise ExportError(f"{path}: pooling by {chosen} is not supported, only by {', '.join(names)}")
     return cast(Pooling, names[modes[0]])
 
 
-def _max_length(spec: ModelSpec, folder: Path, config: dict[str, Any]) -> int:
-    """The checkpoint's own limit, else the catalog's, never more than it has positions."""
-    positions = config.get("max_position_embeddings") or 512
+def _max_length(spec: ModelSpec, folder: Path, config: "Settings") -> int:
+    """The checkpoint's own limit, else the catalog's, never more than it has positions.
+
+    Raises:
+        ExportError: It isn't a number, or leaves no room for a token.
+    """
+    positions = config.take("max_position_embeddings", int) or 512
     if config.get("model_type") in ("roberta", "xlm-roberta", "mpnet", "camembert"):
-        positions -= config.get("pad_token_id", 1) + 1  # their positions start behind the padding id
+        positions -= config.take("pad_token_id", int, 1) + 1  # their positions start behind the padding id
     limits = (
-        read_json(folder / "sentence_bert_config.json", {}).get("max_seq_length"),
+        read_json(folder / "sentence_bert_config.json", {}).take("max_seq_length", int | float),
         spec.max_length,
-        read_json(folder / "tokenizer_config.json", {}).get("model_max_length"),
+        read_json(folder / "tokenizer_config.json", {}).take("model_max_length", int | float),
     )
-    return int(min(next((limit for limit in limits if limit), positions), positions))
+    limit = min(next((limit for limit in limits if limit is not None), positions), positions)
+    if not limit >= 1:  # nor is NaN
+        raise ExportError(
+            f"{folder}: its max length is {limit}, which leaves no room for a token; mend max_seq_length in "
+            "sentence_bert_config.json, model_max_length in tokenizer_config.json or config.json's positions"
+        )
+    return int(limit)
+
+
+class Settings(dict[str, Any]):
+    """A JSON file's object, whose values can be taken with a check of their type."""
+
+    def __init__(self, path: Path, values: dict[str, Any]) -> None:
+        """Values as they were read of a file, which errors name."""
+        super().__init__(values)
+        self.path = path
+
+    def take(self, key: str, kind: type | types.UnionType, default: Any = None) -> Any:  # noqa: ANN401
+        """A value of a type, or ``default`` where there is none; a null is none only if ``default`` is None.
+
+        Raises:
+            ExportError: It is of another type.
+        """
+        value = self.get(key, default)
+        if value is default or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
+            return value
+        wanted = getattr(kind, "__name__", kind)
+        raise ExportError(f"{self.path}: {key} is {value!r:.60}, not {wanted}; download the checkpoint again")
 
 
 def read_json(path: Path, default: Any = None) -> Any:  # noqa: ANN401
-    """The content of a JSON file, or ``default`` where there is none: an object unless the default is something else.
+    """The content of a JSON file, or ``default`` where there is none: ``Settings`` unless the default is no object.
 
     Raises:
         ExportError: It isn't JSON or holds another type, or is missing without a default.
@@ -202,14 +243,14 @@ def read_json(path: Path, default: Any = None) -> Any:  # noqa: ANN401
     try:
         content = json.loads(path.read_text("utf-8"))
         if not isinstance(content, wanted):
-            raise ValueError(f"it holds a {type(content).__name__}, not a {wanted.__name__}")
-        return content
+            raise ValueError(f"it holds {type(content).__name__}, not {wanted.__name__}")
     except FileNotFoundError:
-        if default is not None:
-            return default
-        raise ExportError(f"{path}: no such file; is this a transformers checkpoint?") from None
+        content = default
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path}: can't be read ({error}); download the checkpoint again") from None
+    if content is None:
+        raise ExportError(f"{path}: no such file; is this a transformers checkpoint?")
+    return Settings(path, content) if isinstance(content, dict) else content
 
 
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)

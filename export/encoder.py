@@ -35,6 +35,22 @@ class EncoderConfig:
     head_activation: Literal["tanh", "relu"] = "tanh"
     """Between the two linears of a score head."""
 
+    def __post_init__(self) -> None:
+        """Check what a spoilt ``config.json`` may hold.
+
+        Raises:
+            ValueError: A size isn't a whole number or is too small, or the heads don't share the width evenly.
+        """
+        least = {"token_types": 0, "pad": 0, "relative_buckets": 0}
+        for name in (*("layers", "hidden", "heads", "intermediate", "vocab", "positions"), *least):
+            value = getattr(self, name)
+            if (type(value) is not int or value < least.get(name, 1)) and (name, value) != ("pad", None):
+                raise ValueError(f"{name} is {value!r:.60}, not a whole number from {least.get(name, 1)} up")
+        if self.hidden % self.heads:
+            raise ValueError(f"{self.heads} attention heads can't share {self.hidden} dimensions evenly")
+        if not isinstance(self.norm_eps, float | int):
+            raise ValueError(f"the norms' epsilon is {self.norm_eps!r:.60}, not a number")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:

@@ -4,9 +4,9 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.metadata
-import json
 import os
 import shutil
+import string
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from export.calibrate import calibration_pairs, calibration_texts, collect
 from export.card import model_card
+from export.catalog import read_json
 from export.encoder import build_encoder
 from export.errors import ExportError, first_line
 from export.families import find_family, weight_finder
@@ -89,6 +90,10 @@ def export_model(
         raise ExportError(f"variant {unknown[0]!r} is unknown; it is any of {', '.join(VARIANTS)}")
     if not variants:
         raise ExportError(f"no variant to export; name any of {', '.join(VARIANTS)}")
+    if calibration and "int8" not in variants:
+        raise ExportError(
+            f"{calibration}: calibrates int8, which isn't asked for; leave out --calibration, or add int8 to --variants"
+        )
     progress("finding the checkpoint", 0.0)
     checkpoint = resolve_source(model, revision=revision, pooling=pooling, allow_pickle=allow_pickle)
     out = (out or Path("artifacts") / checkpoint.spec.name).absolute()
@@ -125,12 +130,14 @@ def export_model(
 def build_graph(checkpoint: Checkpoint) -> Graph:
     """The fp32 graph, by the family's builder where there is one, else traced."""
     config = checkpoint.config
-    architecture = config.get("model_type", "")
+    architecture = config.take("model_type", str, "")
     family = find_family(architecture)
     try:
         encoder = family.config(config) if family else None
     except KeyError as missing:
         raise ExportError(f"{checkpoint.id}: config.json has no {missing}; download the checkpoint again") from None
+    except ValueError as error:
+        raise ExportError(f"{checkpoint.id}: config.json doesn't fit: {error}; download the checkpoint again") from None
     outputs = checkpoint.spec.outputs
     if family is None or encoder is None:
         return trace(checkpoint.folder, architecture, outputs)
@@ -155,22 +162,31 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> "transformers.PreTrai
     """Save the checkpoint's fast tokenizer, converted if it has only a vocabulary, and return it.
 
     Raises:
-        ExportError: transformers can't make a fast tokenizer of it.
+        ExportError: transformers can't make a fast tokenizer of it, or it isn't the one that the model goes with.
     """
     import transformers  # slow to import
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(checkpoint.folder), use_fast=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(checkpoint.folder), use_fast=True, trust_remote_code=False
+        )
         backend = tokenizer.backend_tokenizer
     except Exception as error:  # transformers raises all sorts
         raise ExportError(
             f"{checkpoint.id}: no fast tokenizer can be made of its files ({first_line(error)}); add its tokenizer.json"
         ) from None
-    rows, ids = checkpoint.config.get("vocab_size"), backend.get_vocab(with_added_tokens=True).values()
+    rows, ids = checkpoint.config.take("vocab_size", int), backend.get_vocab(with_added_tokens=True).values()
     if rows and max(ids, default=0) >= rows:
         raise ExportError(
             f"{checkpoint.id}: its tokenizer has ids up to {max(ids)} where the model has {rows} words; they don't "
             "belong together, download the checkpoint again"
+        )
+    settings = read_json(checkpoint.folder / "sentence_bert_config.json", {})
+    upper = " ".join(string.ascii_uppercase)
+    if settings.take("do_lower_case", bool) and backend.encode(upper).ids != backend.encode(upper.lower()).ids:
+        raise ExportError(
+            f"{settings.path}: do_lower_case is true, which its tokenizer doesn't do and can't be exported yet; "
+            "without it the vectors would be wrong"
         )
     backend.no_padding()
     backend.no_truncation()
@@ -199,7 +215,7 @@ def write_manifest(
     """Describe what lies in the staging folder; the parity figures are still missing."""
     spec = checkpoint.spec
     assert spec.max_length
-    for licence in checkpoint.folder.glob("LICENSE*"):
+    for licence in filter(Path.is_file, checkpoint.folder.glob("LICENSE*")):
         shutil.copy(licence, stage / licence.name)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -234,15 +250,21 @@ def _tool_versions() -> dict[str, str]:
 def staging_folder(out: Path, force: bool) -> Iterator[Path]:
     """A temporary sibling of ``out`` that takes its name when the block ends well, and vanishes when it doesn't.
 
+    A link is followed: what it leads to is replaced.
+
     Raises:
         ExportError: ``out`` exists and ``force`` is off, or the disk is full or can't be written.
     """
+    if out.is_symlink() and not out.exists():
+        raise ExportError(f"{out}: a link that leads nowhere; remove it, or choose another --out")
+    out = out.resolve()
     if out.exists() and not force:
         raise ExportError(f"{out}: exists already; pass --force to replace it, or --out for another folder")
     if out.exists() and not _replaceable(out):
         raise ExportError(f"{out}: not an artifact, so --force won't replace it; choose another --out")
-    stage = None
+    stage, made = None, []
     try:
+        made = [folder for folder in out.parents if not folder.exists()]
         out.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
         stage.chmod(0o755)
@@ -261,6 +283,9 @@ def staging_folder(out: Path, force: bool) -> Iterator[Path]:
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the deepest first, up to one that isn't empty
+            for folder in made:
+                folder.rmdir()
 
 
 def _replaceable(out: Path) -> bool:
@@ -268,8 +293,8 @@ def _replaceable(out: Path) -> bool:
     if not out.is_dir() or not any(out.iterdir()):
         return out.is_dir()
     try:
-        return "format_version" in json.loads((out / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError):
+        return "format_version" in read_json(out / MANIFEST)
+    except ExportError:
         return False
 
 

@@ -1,8 +1,10 @@
 """Where checkpoints come from: a local folder, an installed package or the hub, with weights read lazily."""
 
+import errno
 import functools
 import hashlib
 import importlib.util
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ import ml_dtypes  # noqa: F401  lets numpy, and so safetensors, read bfloat16
 import numpy as np
 import safetensors
 
-from export.catalog import M3_HEADS, ModelSpec, describe_checkpoint, find_model, read_json, suggest
+from export.catalog import M3_HEADS, ModelSpec, Settings, describe_checkpoint, find_model, read_json, suggest
 from export.errors import ExportError, first_line
 from export.graph import Loader
 from runtime.manifest import Pooling, Source
@@ -34,6 +36,8 @@ METADATA = (
 )
 SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 PICKLE = ("pytorch_model.bin",)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
+"""A download's that have nothing to do with the network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +52,9 @@ class Checkpoint:
     allow_pickle: bool
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Settings:
         """``config.json``."""
-        config: dict[str, Any] = read_json(self.folder / "config.json")
+        config: Settings = read_json(self.folder / "config.json")
         return config
 
     def weights(self) -> dict[str, Loader]:
@@ -65,10 +69,14 @@ class Checkpoint:
         """The files that hold the weights.
 
         Raises:
-            ExportError: There are none, a shard is missing, or they are pickles and weren't allowed.
+            ExportError: There are none, a shard is missing or lies elsewhere, or they are pickles and weren't allowed.
         """
         index = self.folder / "model.safetensors.index.json"
-        shards = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        shards = ["model.safetensors"]
+        if index.exists():
+            shards = sorted({str(shard) for shard in read_json(index).take("weight_map", dict, {}).values()})
+        if not shards or any(Path(shard).name != shard for shard in shards):
+            raise ExportError(f"{index}: its weight_map doesn't name files beside it; download the checkpoint again")
         files = [self.folder / shard for shard in shards]
         missing = [path.name for path in files if not path.exists()]
         if not missing:
@@ -88,7 +96,8 @@ class Checkpoint:
 
     def provenance(self) -> Source:
         """The source as the manifest records it, with the SHA-256 of every file that an export reads."""
-        files = {path for pattern in METADATA for path in self.folder.glob(pattern)} | set(self.weight_files())
+        files = {path for pattern in METADATA for path in self.folder.glob(pattern) if path.is_file()}
+        files |= set(self.weight_files())
         checksums = {path.relative_to(self.folder).as_posix(): _sha256(path) for path in sorted(files)}
         return Source(id=self.id, origin=self.origin, revision=self.revision, checksums=checksums)
 
@@ -107,13 +116,21 @@ def resolve_source(
     Raises:
         ExportError: Nothing of that name, a hub that can't be reached, or an incomplete checkpoint.
     """
+    if not model:
+        raise ExportError("no model is named; run python -m export --list for all short names")
     known = find_model(model)
     folder = Path(model).expanduser()
     if folder.is_dir() and not (known and known.name == model.casefold()):
         if revision:
             raise ExportError(f"{model}: a local folder has no revision; leave out --revision")
         folder = folder.resolve()
-        spec, origin, source_id = ModelSpec(name=folder.name), "folder", folder.name
+        original = find_model(folder.name)  # which a local copy of it may not tell the prompts of
+        spec = ModelSpec(name=folder.name, prompts=original.prompts if original else {})
+        origin, source_id = "folder", folder.name
+    elif model.startswith((".", "/", "~")):
+        raise ExportError(
+            f"{model}: {'not a' if folder.exists() else 'no such'} folder; pass a checkpoint's, or a hub id"
+        )
     elif known and not revision and (packaged := _package_folder(known)):
         spec, origin, source_id, folder = known, "package", f"{known.package} ({known.hub})", packaged
     elif known or re.fullmatch(r"[\w.-]+/[\w.-]+", model):
@@ -149,7 +166,7 @@ def _package_folder(spec: ModelSpec) -> Path | None:
 
 def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
     """The hub's snapshot folder in its cache; one request asks if it is whole, unless ``HF_HUB_OFFLINE`` is set."""
-    from huggingface_hub import errors, snapshot_download  # reads HF_* variables at import
+    from huggingface_hub import constants, errors, snapshot_download  # reads HF_* variables at import
 
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=[*METADATA, *SAFETENSORS]))
@@ -166,6 +183,11 @@ def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
             "run python -m export --list for all names"
         ) from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise ExportError(
+                f"{hub_id}: can't be downloaded to {error.filename or constants.HF_HUB_CACHE} "
+                f"({os.strerror(error.errno).lower()}); free some space, or set HF_HOME to another place"
+            ) from None
         raise ExportError(
             f"{hub_id}: the hub can't be reached and the model is not in its cache ({type(error).__name__}); check the "
             "network, HF_ENDPOINT and HF_HUB_OFFLINE, or download the model elsewhere and pass its folder"

@@ -52,6 +52,7 @@ def trace(folder: Path, architecture: str | None, outputs: tuple[Output, ...]) -
                     device="cpu",
                     do_validation=False,
                     library_name="transformers",
+                    trust_remote_code=False,
                 )
         except Exception as error:  # whatever a model's own code raises
             raise ExportError(

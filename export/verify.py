@@ -85,9 +85,12 @@ def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             model = getattr(transformers, loader.get(spec.outputs[0], "AutoModel")).from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=not checkpoint.allow_pickle or None
+                folder,
+                dtype=torch.float32,
+                use_safetensors=not checkpoint.allow_pickle or None,
+                trust_remote_code=False,
             )
         except Exception as error:  # transformers raises all sorts
             raise ExportError(

@@ -196,6 +196,14 @@ def test_prompts_that_say_nothing_leave_the_catalogs(describe, content):
     assert describe({"config_sentence_transformers.json": content}, prompts=EN).prompts == EN
 
 
+def test_max_length_is_never_guessed_from_what_is_no_length(describe, tmp_path):
+    for limit in (0, -5, float("nan")):
+        with pytest.raises(ExportError, match="max_seq_length in sentence_bert_config.json"):
+            describe({"sentence_bert_config.json": {"max_seq_length": limit}})
+    assert describe({"sentence_bert_config.json": {"max_seq_length": None}}).max_length == 512
+    assert describe({"tokenizer_config.json": {"model_max_length": 1e30}}).max_length == 512
+
+
 def test_max_length_is_the_checkpoints_then_the_catalogs_then_the_tokenizers_then_all_positions(describe):
     assert describe().max_length == 512
     tokenizer = {"tokenizer_config.json": {"model_max_length": 100}}
@@ -234,6 +242,23 @@ def test_a_sequence_classifier_is_a_reranker_unless_modules_make_it_an_embedder(
     assert (describe(config=config).kind, describe(config=config).pooling) == ("reranker", None)
     embedder = describe({"modules.json": modules("Transformer", "Pooling")}, config=config)
     assert (embedder.kind, embedder.pooling) == ("embedder", "mean")
+    assert describe({"modules.json": modules("Transformer")}, config=config).kind == "reranker"  # CrossEncoder's
+
+
+@pytest.mark.parametrize(("names", "labels"), [({"num_labels": 1}, 1), ({}, 2), ({"num_labels": 3}, 3)])
+def test_labels_without_names_are_counted_as_transformers_does(describe, names, labels):
+    config = {"architectures": ["BertForSequenceClassification"]} | names
+    if labels == 1:
+        assert describe(config=config).outputs == ("logits",)
+    else:
+        with pytest.raises(ExportError, match=f"a classifier of {labels} labels"):
+            describe(config=config)
+
+
+def test_pooling_without_the_prompt_is_an_error(describe):
+    with pytest.raises(ExportError, match="1_Pooling/config.json: include_prompt is false"):
+        describe({"1_Pooling/config.json": {"pooling_mode": "mean", "include_prompt": False}})
+    assert describe({"1_Pooling/config.json": {"pooling_mode": "cls", "include_prompt": True}}).pooling == "cls"
 
 
 @pytest.mark.parametrize(

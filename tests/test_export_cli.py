@@ -1,5 +1,6 @@
 """The command line: a summary that can be used as it stands, and one line on stderr for whatever goes wrong."""
 
+import json
 import logging
 import os
 import re
@@ -58,7 +59,7 @@ def test_an_export_prints_figures_paths_and_how_to_use_it(cli, tiny_checkpoint, 
     out = tmp_path / "out"
     code, printed, error = cli("--model", tiny_checkpoint, "--out", out, "--calibration", tmp_path / "texts")
     assert (code, error) == (0, "")
-    assert "tiny-bert: 32 dimensions, 64 tokens, mean pooling, L2-normalised" in printed
+    assert "tiny-bert: 32 dimensions, 64 tokens, mean pooling, L2-normalised\nquery prompt: none\n" in printed
     for variant in ("fp32", "int8"):
         figures = (
             rf"^{variant} +\d\.\d MB +(0|1)\.\d{{6}} +(0|1)\.\d{{6}} +{re.escape(str(out))}/model\.{variant}\.onnx$"
@@ -101,6 +102,9 @@ def error_line(result: tuple[int, str, str]) -> str:
     [
         (["--model", "bge-bse"], "did you mean bge-base"),
         (["--model", "no such"], "python -m export --list"),
+        (["--model", "./no-such"], "./no-such: no such folder"),
+        (["--model", ""], "no model is named"),
+        (["--model", "{tiny}", "--variants", "fp32", "--calibration", "/nowhere"], "leave out --calibration"),
         (["--model", "org/none"], "the hub can't be reached"),
         (["--model", "{tiny}", "--revision", "v1"], "leave out --revision"),
         (["--model", "{tiny}", "--variants", "fp64"], "variant 'fp64' is unknown"),
@@ -118,6 +122,87 @@ def test_each_error_is_one_line_with_its_cure(cli, tiny_checkpoint, tmp_path, mo
     line = error_line(cli(*(argument.format(**places) for argument in arguments)))
     assert re.search(said, line)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+CONFIG, MODULES, POOLING = "config.json", "modules.json", "1_Pooling/config.json"
+TRANSFORMER = {"type": "sentence_transformers.models.Transformer", "path": ""}
+XLMR = {"model_type": "xlm-roberta", "max_position_embeddings": 64}
+CLASSIFIER = {"architectures": ["BertForSequenceClassification"]}
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        (CONFIG, {"model_type": None}, "model_type is None, not str"),
+        (CONFIG, {"model_type": ["bert"]}, "model_type is"),
+        (CONFIG, {"model_type": "__init__"}, "no family builds '__init__'"),
+        (CONFIG, {"architectures": 5}, "architectures is 5, not list"),
+        (CONFIG, {"architectures": [5], "hidden_size": "32"}, "hidden_size is '32', not int"),
+        (CONFIG, {"num_hidden_layers": "2"}, "layers is '2', not a whole number from 1 up"),
+        (CONFIG, {"num_hidden_layers": -1}, "layers is -1"),
+        (CONFIG, {"num_attention_heads": 0}, "heads is 0"),
+        (CONFIG, {"num_attention_heads": 7}, "7 attention heads can't share 32 dimensions"),
+        (CONFIG, {"num_attention_heads": True}, "heads is True"),
+        (CONFIG, {"layer_norm_eps": "small"}, "epsilon is 'small'"),
+        (CONFIG, {"vocab_size": "1000"}, "vocab_size is '1000', not int"),
+        (CONFIG, {"max_position_embeddings": "64"}, "max_position_embeddings is '64', not int"),
+        (CONFIG, {"max_position_embeddings": -64}, "max length is -64"),
+        (CONFIG, {**XLMR, "pad_token_id": None}, "pad_token_id is None, not int"),
+        (CONFIG, {**XLMR, "pad_token_id": 70}, "max length is -7"),
+        (CONFIG, {**CLASSIFIER, "id2label": 5}, "id2label is 5, not dict"),
+        (CONFIG, {**CLASSIFIER, "num_labels": "1"}, "num_labels is '1', not int"),
+        (MODULES, [{"path": ""}], "the module without a type can't be exported"),
+        (MODULES, [5], "the module without a type can't be exported"),
+        (MODULES, [{**TRANSFORMER, "path": 5}], "path is 5, not str"),
+        (MODULES, [{**TRANSFORMER, "type": 5}], "type is 5, not str"),
+        (POOLING, {"pooling_mode": 5}, "pooling_mode is 5, not str | list"),
+        (POOLING, {"pooling_mode": [5]}, "pooling by 5 is not supported"),
+        (POOLING, {"include_prompt": "no"}, "include_prompt is 'no', not bool"),
+        ("config_sentence_transformers.json", {"prompts": ["a"]}, r"prompts is \['a'\], not dict"),
+        ("config_sentence_transformers.json", {"prompts": {"query": 5}}, "query is 5, not str"),
+        ("sentence_bert_config.json", {"max_seq_length": "256"}, "max_seq_length is '256'"),
+        ("sentence_bert_config.json", {"max_seq_length": float("nan")}, "max length is nan"),
+        ("sentence_bert_config.json", {"max_seq_length": -5}, "max length is -5"),
+        ("sentence_bert_config.json", {"do_lower_case": 5}, "do_lower_case is 5, not bool"),
+        ("tokenizer_config.json", {"model_max_length": "64"}, "model_max_length is '64'"),
+        (INDEX, {}, "weight_map doesn't name files"),
+        (INDEX, {"weight_map": {}}, "weight_map doesn't name files"),
+        (INDEX, {"weight_map": ["model.safetensors"]}, "weight_map is"),
+        (INDEX, {"weight_map": {"a": 5}}, "5 is missing"),
+        (INDEX, {"weight_map": {"a": "../1/model.safetensors"}}, "weight_map doesn't name files"),
+    ],
+)
+def test_a_malformed_checkpoint_is_one_line(cli, tiny_checkpoint, copied, tmp_path, file, content, said):
+    path = copied(tiny_checkpoint) / file
+    if path.exists() and isinstance(content, dict):
+        content = json.loads(path.read_text("utf-8")) | content
+    path.write_text(json.dumps(content), "utf-8")
+    arguments = ("--model", tmp_path / tiny_checkpoint.name, "--out", tmp_path / "out", "--variants", "fp32")
+    assert re.search(said, error_line(cli(*arguments)))
+    assert not (tmp_path / "out").exists()
+
+
+WITHOUT = """
+import runpy, sys
+sys.modules[{name!r}] = None
+sys.argv[1:] = ["--list"]
+runpy.run_module("export", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "rich.console"])
+def test_a_missing_dependency_is_one_line(start, name):
+    process = start("-c", WITHOUT.format(name=name))
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, out, error.count("\n")) == (1, "", 1)
+    assert re.match(f"error: .*{name}.* install .*bge-onnx\\[cpu", error)
+
+
+def test_a_missing_module_of_our_own_is_not_called_a_dependency(start):
+    error = start("-c", WITHOUT.format(name="export.card")).communicate(timeout=60)[1]
+    assert "ModuleNotFoundError" in error
+    assert "pip install" not in error
 
 
 def test_a_parity_error_is_one_line_too(cli, tiny_checkpoint, tmp_path, monkeypatch):

@@ -166,12 +166,12 @@ def test_a_variant_below_its_threshold_is_an_error_with_figures_and_cure_and_lea
     tiny_checkpoint, tmp_path, monkeypatch, variant
 ):
     monkeypatch.setitem(THRESHOLDS, variant, {"cosine_min": 0.5, "cosine_mean": 1.5})
+    texts = tmp_path / "texts" if variant == "int8" else None
     (tmp_path / "texts").write_text("one text\nand another\n")
     cure = {"fp32": "please report the model", "int8": "--calibration"}[variant]
     with pytest.raises(ParityError, match=rf"{variant}: cosine mean .* is [01]\.\d+ .* 1.5 is asked for; .*{cure}"):
-        export_model(str(tiny_checkpoint), tmp_path / "deep" / "out", [variant], calibration=tmp_path / "texts")
-    assert names(tmp_path) in (["texts"], ["deep", "texts"])
-    assert not list(tmp_path.rglob("out")) + list(tmp_path.rglob("*.partial"))
+        export_model(str(tiny_checkpoint), tmp_path / "very" / "deep" / "out", [variant], calibration=texts)
+    assert names(tmp_path) == ["texts"]
 
 
 def test_wrong_pooling_is_caught_by_verification(tiny_checkpoint, tmp_path, monkeypatch):
@@ -221,6 +221,23 @@ def test_a_failed_replacement_keeps_the_old_artifact(tiny_checkpoint, tiny_artif
     assert names(out.parent) == [out.name]
 
 
+def test_a_link_is_followed_and_stays_a_link(tiny_checkpoint, tiny_artifact, copied):
+    folder = copied(tiny_artifact)
+    link = folder.parent / "link"
+    link.symlink_to(folder.name)
+    assert export_model(str(tiny_checkpoint), link, ["fp32"], force=True).path == link
+    assert names(folder) == [name for name in FILES if "int8" not in name]
+    assert link.is_symlink()
+    assert names(folder.parent) == ["link", folder.name]
+
+
+def test_a_link_that_leads_nowhere_is_an_error(tiny_checkpoint, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ExportError, match="link: a link that leads nowhere; remove it"):
+        export_model(str(tiny_checkpoint), tmp_path / "link", ["fp32"], force=True)
+    assert names(tmp_path) == ["link"]
+
+
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_force_never_replaces_what_isnt_an_artifact(tiny_checkpoint, tmp_path, kind):
     out = tmp_path / "precious"
@@ -232,10 +249,14 @@ def test_force_never_replaces_what_isnt_an_artifact(tiny_checkpoint, tmp_path, k
     assert thesis.read_text() == "years of work"
 
 
-def test_force_never_replaces_a_folder_whose_manifest_isnt_ours(tiny_checkpoint, tmp_path):
+MANIFESTS = ['{"manifest_version": 3, "name": "a browser extension"}', "5", "null", '"format_version"', "{"]
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS)
+def test_force_never_replaces_a_folder_whose_manifest_isnt_ours(tiny_checkpoint, tmp_path, manifest):
     out = tmp_path / "extension"
     out.mkdir()
-    (out / "manifest.json").write_text('{"manifest_version": 3, "name": "a browser extension"}')
+    (out / "manifest.json").write_text(manifest)
     with pytest.raises(ExportError, match="not an artifact"):
         export_model(str(tiny_checkpoint), out, ["fp32"], force=True)
     assert names(out) == ["manifest.json"]
@@ -260,9 +281,66 @@ def test_no_variant_is_an_error_and_one_named_twice_is_one(tiny_checkpoint, tmp_
 
 def test_a_tokenizer_with_more_words_than_the_model_is_a_clean_error(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "m", tiny_bert_config(vocab_size=300))
-    with pytest.raises(ExportError):
+    with pytest.raises(ExportError, match="m: its tokenizer has ids up to 999 where the model has 300 words"):
         export_model(str(checkpoint), tmp_path / "out", ["fp32"])
     assert names(tmp_path) == ["m"]
+
+
+def test_calibration_texts_without_int8_are_an_error_not_ignored(tiny_checkpoint, tmp_path):
+    with pytest.raises(ExportError, match="texts: calibrates int8, which isn't asked for; leave out --calibration"):
+        export_model(str(tiny_checkpoint), tmp_path / "out", ["fp32"], calibration=tmp_path / "texts")
+
+
+def test_a_folder_called_licence_is_no_licence(tiny_checkpoint, copied, tmp_path):
+    folder = copied(tiny_checkpoint)
+    (folder / "LICENSE").mkdir()
+    (folder / "LICENSES").mkdir()
+    artifact = export_model(str(folder), tmp_path / "out", ["fp32"])
+    assert names(artifact.path) == [name for name in FILES if "int8" not in name]
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_lower_casing_that_the_tokenizer_doesnt_do_is_an_error(tiny_checkpoint, copied, tmp_path, lowercase):
+    folder = copied(tiny_checkpoint)
+    (folder / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    for name, key in (("tokenizer.json", "normalizer"), ("tokenizer_config.json", None)):
+        settings = json.loads((folder / name).read_text("utf-8"))
+        (settings[key] if key else settings).update({"lowercase" if key else "do_lower_case": lowercase})
+        (folder / name).write_text(json.dumps(settings), "utf-8")
+    if lowercase:
+        export_model(str(folder), tmp_path / "out", ["fp32"])
+    else:
+        with pytest.raises(ExportError, match="sentence_bert_config.json: do_lower_case is true"):
+            export_model(str(folder), tmp_path / "out", ["fp32"])
+
+
+UNKNOWN = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "said"),
+    [
+        ({"auto_map": UNKNOWN["auto_map"]}, {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}, None),
+        (UNKNOWN, {}, "no family builds 'evil' .* custom code"),
+        (UNKNOWN, {"tokenizer_class": None}, "custom code"),
+        ({}, {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}, "custom code"),
+    ],
+)
+def test_code_in_a_checkpoint_never_runs_whatever_the_user_answers(
+    tiny_checkpoint, copied, tmp_path, monkeypatch, config, tokenizer, said
+):
+    folder, proof = copied(tiny_checkpoint), tmp_path / "proof"
+    monkeypatch.setattr("builtins.input", lambda prompt="": "y")
+    (folder / "evil.py").write_text(f"open({str(proof)!r}, 'w')\nclass Evil: pass\n")
+    for name, changes in (("config.json", config), ("tokenizer_config.json", tokenizer)):
+        settings = json.loads((folder / name).read_text("utf-8"))
+        (folder / name).write_text(json.dumps(settings | changes), "utf-8")
+    if said:
+        with pytest.raises(ExportError, match=said):
+            export_model(str(folder), tmp_path / "out", ["fp32"])
+    else:
+        export_model(str(folder), tmp_path / "out", ["fp32"])
+    assert not proof.exists()
 
 
 def test_a_checkpoint_without_tokenizer_is_a_clean_error(tiny_checkpoint, copied, tmp_path):

@@ -1,6 +1,8 @@
 """A checkpoint is found and read wherever it comes from, and whatever is wrong with it is said in one line."""
 
+import errno
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -68,10 +70,43 @@ def test_a_short_name_wins_over_a_folder_of_that_name_but_a_path_doesnt(tiny_che
     assert resolve_source("./all-minilm-l6-v2").origin == "folder"
 
 
-@pytest.mark.parametrize("model", ["bge-bse", "no such model", "/nowhere/at/all"])
+@pytest.mark.parametrize("model", ["bge-bse", "no such model", "nowhere/at/all"])
 def test_a_name_that_is_nothing_is_an_error_that_points_to_the_list(model):
     with pytest.raises(ExportError, match="neither a short name .* python -m export --list"):
         resolve_source(model)
+
+
+@pytest.mark.parametrize("model", ["/nowhere/at/all", "./missing", "../missing", "~/missing"])
+def test_a_path_is_never_taken_for_a_hub_id(model):
+    with pytest.raises(ExportError, match=f"^{model}: no such folder"):
+        resolve_source(model)
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match="file: not a folder"):
+        resolve_source(str(tmp_path / "file"))
+
+
+def test_no_name_is_an_error_not_the_working_folder(tiny_checkpoint, monkeypatch):
+    monkeypatch.chdir(tiny_checkpoint)
+    with pytest.raises(ExportError, match="no model is named"):
+        resolve_source("")
+    assert resolve_source(".").spec.name == "tiny-bert"
+
+
+def test_a_local_copy_of_a_known_model_has_its_prompts_unless_it_says_otherwise(tiny_checkpoint, copied):
+    folder = copied(tiny_checkpoint)
+    assert resolve_source(str(folder)).spec.prompts == {}
+    folder = folder.rename(folder.parent / "BGE-base-en-v1.5")
+    spec = resolve_source(str(folder)).spec
+    assert (spec.name, spec.pooling) == (folder.name, "mean")
+    assert spec.prompts == {"query": "Represent this sentence for searching relevant passages: "}
+    settings = folder / "config_sentence_transformers.json"
+    settings.write_text(json.dumps({"prompts": {"query": "", "document": ""}}))  # as written where nothing was said
+    assert resolve_source(str(folder)).spec.prompts == spec.prompts
+    settings.write_text(json.dumps({"prompts": {"query": "find: "}}))
+    assert resolve_source(str(folder)).spec.prompts == {"query": "find: "}
 
 
 def test_a_near_miss_is_suggested():
@@ -199,6 +234,19 @@ def test_a_hub_out_of_reach_is_one_line_with_a_cure(resolve, tiny_checkpoint, of
     assert "pass its folder" in error
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_cant_take_a_download_is_not_called_the_network(monkeypatch, number):
+    def snapshot_download(*arguments, **options):
+        raise OSError(number, os.strerror(number), "/cache/blob")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    cause = os.strerror(number).lower()
+    with pytest.raises(
+        ExportError, match=rf"^org/tiny: can't be downloaded to /cache/blob \({cause}\); free some space"
+    ):
+        resolve_source("org/tiny")
+
+
 def test_a_hub_model_with_only_a_pickle_is_not_downloaded_but_explained(resolve, pickled):
     with serve_hub({"org/pickled": pickled}) as server:
         code, _, error = resolve("org/pickled", HF_ENDPOINT=server.endpoint)
@@ -226,6 +274,16 @@ def test_shards_give_the_same_graph_as_one_file(tiny_checkpoint, copied):
     shards[1].unlink()
     with pytest.raises(ExportError, match=f"tiny-bert: {shards[1].name} is missing"):
         resolve_source(str(folder))
+
+
+def test_a_shard_outside_the_checkpoint_is_not_followed(tiny_checkpoint, copied):
+    folder = copied(tiny_checkpoint)
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    for shard in ("../model.safetensors", str(folder.parent / "model.safetensors")):
+        index.write_text(json.dumps({"weight_map": {"embeddings.word_embeddings.weight": shard}}))
+        with pytest.raises(ExportError, match="index.json: its weight_map doesn't name files beside it"):
+            resolve_source(str(folder))
 
 
 def test_no_weights_at_all_is_an_error(tiny_checkpoint, copied):

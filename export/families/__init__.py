@@ -13,7 +13,7 @@ from export.graph import Loader
 def find_family(model_type: str) -> Family | None:
     """The family for a ``model_type`` such as ``bert``, or None where the model has to be traced."""
     module = f"{__name__}.{model_type.replace('-', '_')}"
-    if not model_type.replace("-", "_").isidentifier() or importlib.util.find_spec(module) is None:
+    if not re.fullmatch(r"[a-z][\w-]*", model_type) or importlib.util.find_spec(module) is None:
         return None
     family: Family = importlib.import_module(module).FAMILY
     return family
