@@ -1,6 +1,7 @@
 """What callers may pass: every public method checks here before it does any work."""
 
 import itertools
+import math
 import operator
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -92,11 +93,11 @@ def check_weights(name: str, weights: Sequence[float]) -> NDArray[np.float64]:
     """Weights of the three ways to score, float64 ``(3,)``.
 
     Raises:
-        InputError: They aren't three numbers of positive sum.
+        InputError: They aren't three finite numbers, none negative and not all 0.
     """
     numbers = isinstance(weights, Sequence | np.ndarray) and all(isinstance(weight, Real) for weight in weights)
-    if not numbers or len(weights) != 3 or not sum(weights) > 0:
-        raise InputError(f"{name} is {weights!r}; pass three numbers of positive sum")
+    if not numbers or len(weights) != 3 or not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
+        raise InputError(f"{name} is {weights!r}; pass three numbers, none negative and not all 0")
     return np.array(weights, float)
 
 

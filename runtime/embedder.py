@@ -135,10 +135,15 @@ class Embedder(Model):
         return self._encode(texts, self.manifest.prompts.get("query", ""), truncate_dim, truncate)
 
     def encode_corpus(
-        self, texts: str | Sequence[str], *, truncate_dim: int | None = None, truncate: bool = True
+        self,
+        texts: str | Sequence[str],
+        *,
+        truncate_dim: int | None = None,
+        truncate: bool = True,
+        chunk: bool = False,
     ) -> Floats:
         """``encode`` with the model's passage prompt (mostly none) before each text."""
-        return self._encode(texts, self.manifest.prompts.get("passage", ""), truncate_dim, truncate)
+        return self._encode(texts, self.manifest.prompts.get("passage", ""), truncate_dim, truncate, chunk)
 
     encode_query = encode_queries
     """sentence-transformers' name."""

@@ -21,8 +21,8 @@ from runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-MAX_TOKENS_PER_RUN = 8192
-"""Bounds memory: one run never holds more tokens, unless a single text does."""
+MAX_TOKENS_PER_RUN = 2048
+"""Bounds memory: one run never holds more tokens, unless a single text does. More are no faster on a CPU."""
 
 PREFERENCE = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32")}
 """What ``variant="auto"`` takes, first to last. Every variant has proven its parity at export."""
@@ -80,6 +80,8 @@ class Model:
             )
         self._threads = usable_cpus() if threads is None else check_count("threads", threads, MAX_THREADS)
         self._device = choose_device(device)
+        if device == "auto" and not _fitting(self.manifest, self._device):
+            self._device = "cpu"
         self.variant = _choose_variant(self._folder, self.manifest, variant, self._device)
         self.max_length = self.manifest.max_length
         self._tokenizer = Tokenizer(self._file(TOKENIZER), self.max_length, hook)
@@ -158,8 +160,12 @@ class Model:
                 yield places, rows, found
 
 
+def _fitting(manifest: Manifest, device: str) -> list[str]:
+    return [name for name, variant in manifest.variants.items() if PROVIDERS[device] in variant.providers]
+
+
 def _choose_variant(folder: Path, manifest: Manifest, variant: str, device: str) -> str:
-    fitting = [name for name, v in manifest.variants.items() if PROVIDERS[device] in v.providers]
+    fitting = _fitting(manifest, device)
     if variant == "auto":
         for name in (*PREFERENCE[device], *fitting):
             if name in fitting:

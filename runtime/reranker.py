@@ -67,7 +67,7 @@ class Reranker(Model):
             (index in ``passages``, score), best first; equal scores in the order of the passages.
 
         Raises:
-            InputError: Something that isn't a valid text, or ``top_k`` below 1.
+            InputError: Something that isn't a valid text, no passage, or ``top_k`` below 1.
         """
         pairs = self._pairs(query, passages, top_k)
         return _best(self._logits(pairs), top_k, normalize)
@@ -95,6 +95,8 @@ class Reranker(Model):
         if top_k is not None:
             check_count("top_k", top_k, sys.maxsize)
         pairs = [(query, passage) for passage in check_texts(passages, limits=self._limits)]
+        if not pairs:
+            raise InputError("passages is empty, so there is nothing to rank; pass at least one")
         return check_pairs(pairs, self._limits)[0]
 
     def _logits(self, pairs: Sequence[tuple[str, str]], truncate: bool = True) -> NDArray[np.float32]:

@@ -137,6 +137,10 @@ def create_session(path: Path, device: Literal["cpu", "cuda"], threads: int) -> 
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # By default threads spin on for long after a run: a trickle of queries then costs five times its work.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
+    # It plans memory for each shape that comes, and lengths are many: 40 MB more for MiniLM, and no speed.
+    options.enable_mem_pattern = False
     options.log_severity_level = 3
     if device == "cuda":
         onnxruntime.preload_dlls()

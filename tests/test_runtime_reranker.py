@@ -212,7 +212,8 @@ def test_top_k_keeps_the_best(tiny, top_k):
 
 
 def test_no_passages_are_ranked_as_none(tiny):
-    assert tiny.rank("a query", []) == tiny.rank("a query", [], 3, normalize=True) == []
+    with pytest.raises(InputError, match="passages is empty"):
+        tiny.rank("a query", [])
 
 
 def test_ranked_scores_are_normalized_on_request(tiny):

@@ -1,6 +1,8 @@
 """The retriever: what was added is found, what was saved comes back, and what goes wrong leaves the last save."""
 
+import os
 import shutil
+import subprocess
 import sys
 import threading
 
@@ -109,7 +111,7 @@ def test_texts_are_added_step_by_step_and_a_known_name_is_replaced(embedder, tmp
     assert retriever.remove(["y", "nobody"]) == 1
     retriever.save()
     assert {hit.id for hit in Retriever(tmp_path / "index", embedder).retrieve("a", 10)} == {"x", "z"}
-    assert sorted(path.suffix for path in (tmp_path / "index").iterdir()) == [".sqlite", ".usearch"]
+    assert len(list((tmp_path / "index").glob("*.usearch"))) == 1
 
 
 def test_a_stream_longer_than_a_chunk_is_added_whole(embedder, tmp_path):
@@ -135,14 +137,108 @@ def test_an_empty_retriever_finds_nothing(embedder, reranker, tmp_path):
         (lambda r: r.retrieve("\ud800"), "surrogate"),
         (lambda r: r.add(["a", 5]), "text 1 is int"),
         (lambda r: r.add(7), "texts is int"),
-        (lambda r: r.add(["a", "b"], ["x"]), "pass a str for each text"),
-        (lambda r: r.add(["a"], [3]), "pass a str for each text"),
+        (lambda r: r.add("a text"), "texts is one str"),
+        (lambda r: r.add(["a", "b"], "xy"), "ids is one str"),
+        (lambda r: r.add(["a", "b"], ["x"]), "1 ids for more texts; pass one for each"),
+        (lambda r: r.add(["a", "b"], ["0", 3]), "id 1 is '3'; pass a str"),
+        (lambda r: r.add(["a", "b"], ["0", "\ud800"]), "id 1 is .*valid Unicode"),
+        (lambda r: r.remove("0"), "ids is one str"),
+        (lambda r: r.remove(None), "NoneType"),
+        (lambda r: r.remove(["0", 3]), "id 1 is '3'"),
     ],
 )
 def test_bad_input_is_a_clean_error_and_adds_nothing(filled, call, says):
     with pytest.raises(InputError, match=says):
         call(filled[0])
     assert len(filled[0]) == 300
+
+
+def test_more_names_than_texts_are_an_error(embedder, tmp_path):
+    with pytest.raises(InputError, match="more ids than the 2 texts"):
+        Retriever(tmp_path / "index", embedder).add(["a", "b"], ["x", "y", "z"])
+
+
+def test_a_number_never_takes_the_place_of_somebodys_name(embedder, tmp_path):
+    retriever = Retriever(tmp_path / "index", embedder)
+    retriever.add(["a cat"], ["1"])
+    with pytest.raises(InputError, match="'1' is somebody's id already; pass ids"):
+        retriever.add(["a dog"])
+    assert [hit.text for hit in retriever.retrieve("a")] == ["a cat"]
+
+
+def test_what_isnt_a_model_or_a_folder_is_a_clean_error(embedder, reranker, tmp_path):
+    for models in ((reranker,), (embedder, embedder), (None,)):
+        with pytest.raises(InputError, match="takes an Embedder and a Reranker"):
+            Retriever(tmp_path / "index", *models)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ArtifactError, match="pass another folder"):
+        Retriever(tmp_path / "file", embedder)
+
+
+def test_a_closed_retriever_says_so(filled):
+    with filled[0] as retriever:
+        pass
+    for call in (lambda: retriever.search("a"), lambda: retriever.add(["a"]), retriever.save, lambda: len(retriever)):
+        with pytest.raises(InputError, match="the retriever is closed .*; open it again"):
+            call()
+
+
+def test_two_that_have_a_folder_open_never_spoil_it(filled, embedder, tmp_path):
+    first, second = filled[0], Retriever(tmp_path / "index", embedder)
+    second._texts.execute("PRAGMA busy_timeout = 1")
+    first.remove(["0", "1"])
+    with pytest.raises(ArtifactError, match="another process is adding to it; wait until it has saved"):
+        second.add(["a text"])
+    assert (len(first), len(second), len(Retriever(tmp_path / "index", embedder))) == (298, 300, 300)
+    first.save()
+    found = second.retrieve("a plane", 300)  # with the vectors that it loaded
+    assert {hit.id for hit in found} == {str(i) for i in range(2, 300)}
+    for change in (lambda: second.add(["a text"]), lambda: second.remove(["7"]), second.save):
+        with pytest.raises(ArtifactError, match="another process changed it since it was opened; open it again"):
+            change()
+    assert len(Retriever(tmp_path / "index", embedder)) == 298
+    assert first.add(["one more"]) == 1
+
+
+def test_a_saved_folder_can_be_copied_while_it_is_open(filled, embedder, tmp_path):
+    shutil.copytree(tmp_path / "index", tmp_path / "copy", ignore=shutil.ignore_patterns("*-wal", "*-shm"))
+    assert len(Retriever(tmp_path / "copy", embedder)) == 300
+
+
+def test_what_a_crash_left_is_cleared_by_the_next_save(filled, tmp_path):
+    (tmp_path / "index" / "vectors.0badf00d.usearch").write_bytes(b"half")
+    (tmp_path / "index" / "mine.txt").write_text("mine")
+    filled[0].save()
+    assert len(list((tmp_path / "index").glob("*.usearch"))) == 1
+    assert (tmp_path / "index" / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["../victim.txt", "victim.txt", "vectors./../../x.usearch", "/etc/vectors.x.usearch"])
+def test_an_index_by_another_name_is_refused(filled, embedder, tmp_path, name):
+    retriever = filled[0]
+    retriever._texts.execute("UPDATE meta SET value = ? WHERE name = 'index'", (name,))
+    retriever._texts.commit()
+    retriever.close()
+    with pytest.raises(ArtifactError, match="as its index; index it again"):
+        Retriever(tmp_path / "index", embedder)
+
+
+def test_a_folder_that_cant_be_written_to_can_be_searched(filled, embedder, tmp_path):
+    before = filled[0].retrieve("bread", 20)
+    filled[0].close()
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "--bind", "-o", "ro", tmp_path / "index", disk]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        retriever = Retriever(disk, embedder)
+        assert retriever.retrieve("bread", 20) == before
+        with pytest.raises(ArtifactError, match="readonly"):
+            retriever.add(["a text"])
+        retriever.close()
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_another_model_is_refused(filled, minilm, tmp_path):
