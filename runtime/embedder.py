@@ -267,7 +267,8 @@ class Embedder(Model):
     ) -> Floats:
         """``_encode``, together with what else is called meanwhile."""
         checked = [prompt + text for text in check_texts(texts, limits=self._limits)]
-        found = await self._together(checked, truncate_dim=truncate_dim, truncate=truncate)
+        dim = None if truncate_dim is None else check_count("truncate_dim", truncate_dim, self.dim)
+        found = await self._together(checked, truncate_dim=dim, truncate=bool(truncate))
         return found[0] if isinstance(texts, str) else found
 
     def _embed(

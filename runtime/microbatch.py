@@ -1,6 +1,7 @@
 """Concurrent small calls joined into one: each run takes what came while the one before was busy."""
 
 import asyncio
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,9 +15,9 @@ from runtime.metrics import Hook
 from runtime.pooling import Floats
 
 TOGETHER = 256
-"""Items that make a run full; a call with more is cut up, so that it doesn't hold up the others."""
+"""Items that make a run full; a call with more queues piece by piece, so that it doesn't hold up the others."""
 QUEUED = 1024
-"""Calls, or pieces of them, that wait at once; further ones sleep until there is room."""
+"""Calls that wait at once; further ones sleep until there is room."""
 
 Item = TypeVar("Item")
 
@@ -29,27 +30,34 @@ class MicroBatcher(Generic[Item]):
     """
 
     def __init__(self, run: Callable[..., Floats], hook: Hook) -> None:
-        """Take the function, from a list of items and options to a row for each, and a hook for ``queue_seconds``."""
+        """Take the function and a hook for ``queue_seconds``.
+
+        The function gets a list of items, the first one's number in its call for error messages (``first``) and the
+        options, and gives a row for each item.
+        """
         self._run, self._hook = run, hook
         self._queues: dict[asyncio.AbstractEventLoop, _Queue[Item]] = {}
 
     async def __call__(self, items: Sequence[Item], **options: Any) -> Floats:  # noqa: ANN401
         """A row for each item, in their order; raises what the function raised on these items."""
         loop = asyncio.get_running_loop()
-        if loop not in self._queues:
-            alive = {other: queue for other, queue in self._queues.items() if not other.is_closed()}
-            self._queues = alive | {loop: _Queue(self._run, self._hook)}
-        queue = self._queues[loop]
-        pieces = [items[start : start + TOGETHER] for start in range(0, len(items) or 1, TOGETHER)]
-        return np.concatenate(await asyncio.gather(*(queue.answer(piece, options) for piece in pieces)))
+        queue = self._queues.get(loop)
+        if queue is None:  # loops of other threads may come and go meanwhile
+            for other in list(self._queues):
+                if other.is_closed():
+                    self._queues.pop(other, None)
+            queue = self._queues.setdefault(loop, _Queue(self._run, self._hook))
+        starts = range(0, len(items) or 1, TOGETHER)
+        return np.concatenate([await queue.answer(items[i : i + TOGETHER], i, options) for i in starts])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Call(Generic[Item]):
     items: Sequence[Item]
+    first: int
     options: dict[str, Any]
-    answer: asyncio.Future[Floats]
-    since: float
+    answer: asyncio.Future[tuple[Floats, float]]
+    """A row for each item, and when their run began."""
 
 
 class _Queue(Generic[Item]):
@@ -62,21 +70,26 @@ class _Queue(Generic[Item]):
         self._thread = ThreadPoolExecutor(1, "bge-onnx")
         self._worker: asyncio.Task[None] | None = None
 
-    async def answer(self, items: Sequence[Item], options: dict[str, Any]) -> Floats:
+    async def answer(self, items: Sequence[Item], first: int, options: dict[str, Any]) -> Floats:
         since = time.perf_counter()
         async with self._room:
-            call = _Call(items, options, asyncio.get_running_loop().create_future(), since)
+            call = _Call(items, first, options, asyncio.get_running_loop().create_future())
             self._calls.append(call)
             if self._worker is None:  # it ends when there is nothing left, so that a closing loop finds no task of ours
                 self._worker = asyncio.create_task(self._work())
-            return await call.answer
+            rows, began = await call.answer
+        self._hook("queue_seconds", began - since)
+        return rows
 
     async def _work(self) -> None:
+        calls: list[_Call[Item]] = []
         try:
             while calls := self._take():
-                for call in calls:
-                    self._hook("queue_seconds", time.perf_counter() - call.since)
                 await self._serve(calls)
+        except asyncio.CancelledError:  # the loop is ending; nobody may wait for ever
+            for call in (*calls, *self._calls):
+                call.answer.cancel()
+            raise
         finally:
             self._worker = None
 
@@ -93,9 +106,10 @@ class _Queue(Generic[Item]):
 
     async def _serve(self, calls: list[_Call[Item]]) -> None:
         items = [item for call in calls for item in call.items]
-        loop = asyncio.get_running_loop()
+        loop, began = asyncio.get_running_loop(), time.perf_counter()
+        run = functools.partial(self._run, items, first=calls[0].first, **calls[0].options)
         try:
-            results = await loop.run_in_executor(self._thread, lambda: self._run(items, **calls[0].options))
+            rows = await loop.run_in_executor(self._thread, run)
         except Exception as error:
             if len(calls) > 1:  # so that one caller's mistake is nobody else's
                 for call in calls:
@@ -106,5 +120,5 @@ class _Queue(Generic[Item]):
         start = 0
         for call in calls:
             if not call.answer.cancelled():
-                call.answer.set_result(results[start : start + len(call.items)])
+                call.answer.set_result((rows[start : start + len(call.items)], began))
             start += len(call.items)

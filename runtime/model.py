@@ -119,9 +119,10 @@ class Model:
         return session
 
     def _session(self) -> Session:
-        if self._opened is None:
+        opened = self._opened  # another thread may close meanwhile
+        if opened is None:
             raise InputError(f"the {self.KIND} {self.manifest.name} is closed; open it again")
-        process, session = self._opened
+        process, session = opened
         if process != os.getpid():
             logger.info("%s: opened again in a forked process", self._folder)
             session = self._open()

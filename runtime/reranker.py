@@ -77,7 +77,7 @@ class Reranker(Model):
     ) -> list[float] | float:
         """``compute_score`` in asyncio: the loop stays free, and concurrent calls run together."""
         checked, single = check_pairs(pairs, self._limits)
-        return _scores(await self._together(checked, truncate=truncate), normalize, single)
+        return _scores(await self._together(checked, truncate=bool(truncate)), normalize, single)
 
     async def arank(
         self, query: str, passages: Sequence[str], top_k: int | None = None, *, normalize: bool = False
@@ -99,9 +99,9 @@ class Reranker(Model):
             raise InputError("passages is empty, so there is nothing to rank; pass at least one")
         return check_pairs(pairs, self._limits)[0]
 
-    def _logits(self, pairs: Sequence[tuple[str, str]], truncate: bool = True) -> NDArray[np.float32]:
+    def _logits(self, pairs: Sequence[tuple[str, str]], truncate: bool = True, first: int = 0) -> NDArray[np.float32]:
         """Raw logits, float32 ``(n,)``."""
-        encoded = self._tokenizer.encode_pairs(pairs, truncate)
+        encoded = self._tokenizer.encode_pairs(pairs, truncate, first)
         logits = np.empty(len(pairs), np.float32)
         for places, _, (found,) in self._run(["logits"], [ids for ids, _ in encoded], [types for _, types in encoded]):
             logits[places] = found[:, 0]

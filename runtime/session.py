@@ -1,8 +1,10 @@
 """ONNX Runtime sessions: the provider that was asked for, and threads that the process may really use."""
 
+import ctypes
 import importlib.metadata
 import logging
 import os
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -26,7 +28,19 @@ logger = logging.getLogger(__name__)
 
 Session: TypeAlias = onnxruntime.InferenceSession
 Device = Literal["auto", "cpu", "cuda"]
+SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
+"""All that are open in this process."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def _abandon() -> None:
+    """Keep a forked child from ever freeing its parent's sessions, at exit either: it would wait for their threads."""
+    for session in list(SESSIONS):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon)
 
 
 def usable_cpus() -> int:
@@ -157,4 +171,5 @@ def create_session(path: Path, device: Literal["cpu", "cuda"], threads: int) -> 
             f"device {device!r}: onnxruntime {onnxruntime.__version__} fell back to {session.get_providers()[0]}; its "
             "CUDA or cuDNN libraries don't load: run pip install 'onnxruntime-gpu[cuda,cudnn]', or pass device='cpu'"
         )
+    SESSIONS.add(session)
     return session

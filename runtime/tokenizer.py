@@ -82,7 +82,7 @@ class Tokenizer:
         ]
 
     def encode_pairs(
-        self, pairs: Sequence[tuple[str, str]], truncate: bool = True
+        self, pairs: Sequence[tuple[str, str]], truncate: bool = True, first: int = 0
     ) -> list[tuple[list[int], list[int]]]:
         """Token ids and token types of each pair, special tokens included, at most ``max_length`` each.
 
@@ -91,6 +91,7 @@ class Tokenizer:
         Args:
             pairs: Queries and passages; each different text is tokenised once.
             truncate: False raises on a pair that is too long instead of cutting it.
+            first: The first pair's number in error messages.
 
         Raises:
             ArtifactError: The special tokens alone exceed ``max_length``.
@@ -101,11 +102,11 @@ class Tokenizer:
         texts = list(dict.fromkeys(text for pair in pairs for text in pair))
 
         def first_pair(i: int) -> str:
-            return f"pair {next(n for n, pair in enumerate(pairs) if texts[i] in pair)}"
+            return f"pair {next(n for n, pair in enumerate(pairs, first) if texts[i] in pair)}"
 
         bodies = dict(zip(texts, self._bodies(texts, first_pair), strict=True))
         encoded, long, special = [], {}, self.max_length - self._pair_room
-        for i, (query, passage) in enumerate(pairs):
+        for i, (query, passage) in enumerate(pairs, first):
             a = bodies[query][: min(self.max_length * 3 // 4, self._pair_room)]
             b = bodies[passage][: self._pair_room - len(a)]
             if len(a) < len(bodies[query]) or len(b) < len(bodies[passage]):
