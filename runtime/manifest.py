@@ -119,6 +119,8 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("not a file")
         with path.open("rb") as stream:
             text = stream.read(MANIFEST_LIMIT + 1)
         if len(text) > MANIFEST_LIMIT:
@@ -158,6 +160,9 @@ def _check(manifest: Manifest) -> None:
             raise ArtifactError(f"{name} has no checksum")
     if TOKENIZER not in manifest.files:
         raise ArtifactError(f"{TOKENIZER} has no checksum")
+    for name in (manifest.name, *manifest.variants):  # error messages and logs show them
+        if not name.isprintable():
+            raise ArtifactError(f"the name {name!r} can't be printed")
     if ("logits" in manifest.outputs) != (manifest.kind == "reranker") or not manifest.outputs:
         raise ArtifactError(f"a {manifest.kind} with the outputs {', '.join(manifest.outputs) or 'none'}")
     if "last_hidden_state" in manifest.outputs and manifest.pooling is None:
@@ -196,8 +201,8 @@ def check_file(folder: Path, manifest: Manifest, name: str, digest: bool = True)
             raise ArtifactError(f"{path}: is not a file of the folder; copy the artifact whole, or export it again")
         size = path.stat().st_size
         found = describe_file(path) if digest and size == expected.size else None
-    except OSError as error:
-        raise ArtifactError(f"{path}: {error.strerror or error}; export the model again") from None
+    except (OSError, RuntimeError) as error:  # until Python 3.13, links in a circle are a RuntimeError
+        raise ArtifactError(f"{path}: {getattr(error, 'strerror', error)}; export the model again") from None
     if size != expected.size:
         raise ArtifactError(f"{path}: {size} bytes where the manifest says {expected.size}; export the model again")
     if found and found.sha256 != expected.sha256:

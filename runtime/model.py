@@ -76,7 +76,7 @@ class Model:
         self.manifest = load_manifest(self._folder)
         if self.manifest.kind != self.KIND:
             raise ArtifactError(
-                f"{path}: holds a {self.manifest.kind}, no {self.KIND}; open it with {self.manifest.kind.title()}"
+                f"{path}: is of kind {self.manifest.kind}, not {self.KIND}; open it with {self.manifest.kind.title()}"
             )
         self._threads = usable_cpus() if threads is None else check_count("threads", threads, MAX_THREADS)
         self._device = choose_device(device)

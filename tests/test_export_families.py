@@ -58,7 +58,7 @@ def test_an_embedder_is_built_and_has_the_vectors_of_transformers(checkpoint, tm
     parity = {name: variant.parity for name, variant in artifact.manifest.variants.items()}
     assert parity["fp32"].cosine_min > 0.99999
     assert parity["int8"].cosine_mean > 0.99
-    names = [entry.name for entry in Embedder(artifact.path, "fp32")._model.session.get_inputs()]
+    names = [entry.name for entry in Embedder(artifact.path, "fp32")._session().get_inputs()]
     assert names == ["input_ids"]
 
 

@@ -387,7 +387,7 @@ def test_threads_below_one_are_refused(tiny_artifact, threads):
 
 def test_a_reranker_is_refused(tiny_artifact, edited):
     folder = edited(tiny_artifact, lambda data: data.update(kind="reranker", outputs=["logits"], pooling=None))
-    with pytest.raises(ArtifactError, match="holds a reranker, no embedder; open it with Reranker"):
+    with pytest.raises(ArtifactError, match="is of kind reranker, not embedder; open it with Reranker"):
         Embedder(folder)
 
 

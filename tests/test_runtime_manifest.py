@@ -105,7 +105,7 @@ def manifests(draw):
     variants = {name: dataclasses.replace(variant, file=draw(names)) for name, variant in variants.items()}
     files = {name: draw(st.from_type(File)) for name in ["tokenizer.json", *(v.file for v in variants.values())]}
     positive = st.integers(1, 10**6)
-    fixed = dict(format_version=st.just(FORMAT_VERSION), dim=positive, max_length=positive)
+    fixed = dict(format_version=st.just(FORMAT_VERSION), name=names, dim=positive, max_length=positive)
     pooling = st.sampled_from(["cls", "mean", "last_token", "max"])
     fixed |= draw(
         st.sampled_from(

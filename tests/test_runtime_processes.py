@@ -94,6 +94,23 @@ assert reranker.compute_score(PAIRS) == scores
     script(code, tiny_artifact, tiny_reranker("bert")[0])
 
 
+def test_a_forked_child_has_as_many_threads_as_its_parent(script, tiny_artifact):
+    code = """
+embedder = Embedder(sys.argv[1], device="cpu", threads=3)
+embedder.encode(TEXTS)
+child = fork()
+if not child:
+    assert len(os.listdir("/proc/self/task")) == 1
+    embedder.encode(TEXTS)
+    assert len(os.listdir("/proc/self/task")) == 3  # of which one is Python's
+    sys.exit()
+wait(child)
+"""
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("needs /proc")
+    script(code, tiny_artifact)
+
+
 def test_a_process_that_only_imported_runtime_can_fork(script):
     script("child = fork()\nif not child: sys.exit()\nwait(child)")
 
