@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from export.calibrate import calibration_pairs, calibration_texts, collect
 from export.card import model_card
 from export.catalog import read_json
-from export.encoder import build_encoder
 from export.errors import ExportError, first_line
 from export.families import find_family, weight_finder
 from export.graph import Graph
@@ -141,7 +140,7 @@ def build_graph(checkpoint: Checkpoint) -> Graph:
     outputs = checkpoint.spec.outputs
     if family is None or encoder is None:
         return trace(checkpoint.folder, architecture, outputs)
-    return build_encoder(encoder, weight_finder(family, checkpoint.weights()), outputs)
+    return family.build(encoder, weight_finder(family, checkpoint.weights()), outputs)
 
 
 def quantize(

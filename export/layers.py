@@ -1,0 +1,85 @@
+"""The parts that the encoders share: checked weights, linears, norms, activations, and SPLADE's head."""
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from export.errors import ExportError
+from export.graph import MICROSOFT, Graph, Loader, float_value
+
+Weights: TypeAlias = Callable[[str], Loader]
+"""Gives the loader of a weight by our name (see ``Family``), such as ``layer.0.query.weight``."""
+
+Activation = Literal["gelu", "gelu_new", "relu", "silu"]
+
+
+def linear(
+    graph: Graph,
+    weight: Weights,
+    name: str,
+    x: str,
+    width_in: int,
+    width_out: int,
+    *,
+    bias: bool = True,
+    output: str = "",
+) -> str:
+    """A linear over flat tokens, as ``Gemm``, which takes the bias along."""
+    inputs = [x, parameter(graph, weight, f"{name}.weight", width_out, width_in)]
+    if bias:
+        inputs.append(parameter(graph, weight, f"{name}.bias", width_out))
+    return graph.add("Gemm", *inputs, name=output or name, transB=1)
+
+
+def norm(graph: Graph, weight: Weights, name: str, x: str, width: int, epsilon: float, *, bias: bool = True) -> str:
+    """A layer normalisation."""
+    parts = [parameter(graph, weight, f"{name}.{part}", width) for part in ("weight", "bias")[: 1 + bias]]
+    return graph.add("LayerNormalization", x, *parts, axis=-1, epsilon=epsilon)
+
+
+def activate(graph: Graph, activation: Activation, x: str) -> str:
+    """An activation, under transformers' name for it."""
+    match activation:
+        case "gelu":
+            return graph.add("Gelu", x, domain=MICROSOFT)
+        case "gelu_new":
+            return graph.add("FastGelu", x, domain=MICROSOFT)
+        case "relu":
+            return graph.add("Relu", x)
+        case "silu":
+            return graph.add("QuickGelu", x, domain=MICROSOFT, alpha=1.0)
+
+
+def vocabulary_weights(graph: Graph, weight: Weights, x: str, vocab: int, hidden: int, *, bias: bool = True) -> None:
+    """SPLADE's output (arXiv:2109.10086), of the last states of a masked language model's head."""
+    inputs = [x, parameter(graph, weight, "embeddings.word", vocab, hidden)]
+    if bias:
+        inputs.append(parameter(graph, weight, "mlm.bias", vocab))
+    x = graph.add("Gemm", *inputs, name="mlm.out", transB=1)
+    graph.weight("vocabulary", np.array([vocab], np.int64))
+    x = graph.add("Reshape", x, graph.add("Concat", "shape", "vocabulary", axis=0))
+    x = graph.add("Relu", graph.add("ReduceMax", x, axes=[1], keepdims=0))
+    graph.add("Log", graph.add("Add", x, graph.weight("1.0", np.array(1, np.float32))), name="vocabulary_weights")
+    graph.outputs.append(float_value("vocabulary_weights", "batch", vocab))
+
+
+def parameter(graph: Graph, weight: Weights, name: str, *shape: int) -> str:
+    """A weight of the checkpoint, which ``checked`` reads."""
+    return graph.weight(name, checked(weight, name, *shape))
+
+
+def checked(weight: Weights, name: str, *shape: int) -> Loader:
+    """The loader of a weight as float32, which raises unless it has the shape that ``config.json`` makes expect."""
+    load = weight(name)
+
+    def checked() -> np.ndarray:
+        array = load()
+        if array.shape != shape:
+            raise ExportError(
+                f"weight {name} has shape {array.shape} where config.json makes it {shape}; the two don't "
+                "belong together, download the checkpoint again"
+            )
+        return array.astype(np.float32, copy=False)
+
+    return checked
