@@ -9,7 +9,7 @@ import numpy as np
 from onnx import TensorProto
 
 from export.graph import MICROSOFT, Graph, float_value, int_value
-from export.layers import Weights, activate, checked, linear, norm, parameter, vocabulary_weights
+from export.layers import Weights, activate, check_shape, checked, linear, norm, parameter, vocabulary_weights
 from runtime.manifest import Output
 
 
@@ -39,17 +39,9 @@ class EncoderConfig:
         """Check what a spoilt ``config.json`` may hold.
 
         Raises:
-            ValueError: A size isn't a whole number or is too small, or the heads don't share the width evenly.
+            ValueError: As ``check_shape``.
         """
-        least = {"token_types": 0, "pad": 0, "relative_buckets": 0}
-        for name in (*("layers", "hidden", "heads", "intermediate", "vocab", "positions"), *least):
-            value = getattr(self, name)
-            if (type(value) is not int or value < least.get(name, 1)) and (name, value) != ("pad", None):
-                raise ValueError(f"{name} is {value!r:.60}, not a whole number from {least.get(name, 1)} up")
-        if self.hidden % self.heads:
-            raise ValueError(f"{self.heads} attention heads can't share {self.hidden} dimensions evenly")
-        if not isinstance(self.norm_eps, float | int):
-            raise ValueError(f"the norms' epsilon is {self.norm_eps!r:.60}, not a number")
+        check_shape(self, token_types=0, relative_buckets=0, **({} if self.pad is None else {"pad": 0}))
 
 
 def build_encoder(config: EncoderConfig, weight: Weights, outputs: Sequence[Output] = ("last_hidden_state",)) -> Graph:

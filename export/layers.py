@@ -1,7 +1,7 @@
-"""The parts that the encoders share: checked weights, linears, norms, activations, and SPLADE's head."""
+"""The parts that the encoders share: checked shapes and weights, linears, norms, activations, and SPLADE's head."""
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -12,6 +12,27 @@ Weights: TypeAlias = Callable[[str], Loader]
 """Gives the loader of a weight by our name (see ``Family``), such as ``layer.0.query.weight``."""
 
 Activation = Literal["gelu", "gelu_new", "relu", "silu"]
+
+
+def check_shape(config: Any, **least: int) -> None:  # noqa: ANN401
+    """Check what a spoilt ``config.json`` may have made of an encoder's configuration.
+
+    Args:
+        config: The configuration.
+        least: Further sizes than those that every encoder has, and the smallest that each may be.
+
+    Raises:
+        ValueError: A size isn't a whole number or is too small, or the heads don't share the width evenly.
+    """
+    sizes = ("layers", "hidden", "heads", "intermediate", "vocab", "positions")
+    for name, lowest in (dict.fromkeys(sizes, 1) | least).items():
+        value = getattr(config, name)
+        if type(value) is not int or value < lowest:
+            raise ValueError(f"{name} is {value!r:.60}, not a whole number from {lowest} up")
+    if config.hidden % config.heads:
+        raise ValueError(f"{config.heads} attention heads can't share {config.hidden} dimensions evenly")
+    if not isinstance(config.norm_eps, float | int):
+        raise ValueError(f"the norms' epsilon is {config.norm_eps!r:.60}, not a number")
 
 
 def linear(
@@ -34,7 +55,9 @@ def linear(
 
 def norm(graph: Graph, weight: Weights, name: str, x: str, width: int, epsilon: float, *, bias: bool = True) -> str:
     """A layer normalisation."""
-    parts = [parameter(graph, weight, f"{name}.{part}", width) for part in ("weight", "bias")[: 1 + bias]]
+    parts = [
+        parameter(graph, weight, f"{name}.{part}", width) for part in ("weight", "bias") if part == "weight" or bias
+    ]
     return graph.add("LayerNormalization", x, *parts, axis=-1, epsilon=epsilon)
 
 

@@ -135,7 +135,7 @@ def build_graph(checkpoint: Checkpoint) -> Graph:
         encoder = family.config(config) if family else None
     except KeyError as missing:
         raise ExportError(f"{checkpoint.id}: config.json has no {missing}; download the checkpoint again") from None
-    except ValueError as error:
+    except (AttributeError, TypeError, ValueError) as error:  # as a value of the wrong type raises
         raise ExportError(f"{checkpoint.id}: config.json doesn't fit: {error}; download the checkpoint again") from None
     outputs = checkpoint.spec.outputs
     if family is None or encoder is None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from export.errors import ExportError
 from export.graph import MICROSOFT, Graph, float_value, int_value
-from export.layers import Activation, Weights, activate, linear, norm, parameter, vocabulary_weights
+from export.layers import Activation, Weights, activate, check_shape, linear, norm, parameter, vocabulary_weights
 from runtime.manifest import Output
 
 BLOCK = 128
@@ -28,8 +28,8 @@ class PrenormConfig:
     """Longest text, in tokens."""
     global_every: int
     """Of so many layers the first is global: its tokens see all others. The rest are local."""
-    reach: int
-    """How many tokens a local layer's token sees to either side."""
+    window: int
+    """Around a local layer's token; it sees half of it to either side."""
     global_theta: float
     local_theta: float
     """Bases of the rotary positions."""
@@ -43,6 +43,17 @@ class PrenormConfig:
     """Of the first linear of a head, be it of scores or of words."""
     head_pooling: Literal["cls", "mean"]
     mlm_bias: bool
+
+    def __post_init__(self) -> None:
+        """Check what a spoilt ``config.json`` may hold.
+
+        Raises:
+            ValueError: As ``check_shape``, or a theta isn't a positive number.
+        """
+        check_shape(self, global_every=1, window=0)
+        for theta in (self.global_theta, self.local_theta):
+            if not isinstance(theta, float | int) or theta <= 0:
+                raise ValueError(f"rotary positions have the theta {theta!r:.60}, not a positive number")
 
 
 def build_prenorm(config: PrenormConfig, weight: Weights, outputs: Sequence[Output] = ("last_hidden_state",)) -> Graph:
@@ -92,13 +103,13 @@ def _windows(graph: Graph, config: PrenormConfig) -> None:
 
     A text of less than two blocks is one, whose window is all of it. The last block is filled up with the last token.
     """
-    zero, one, reach = graph.integers(0), graph.integers(1), graph.integers(config.reach)
+    zero, one, reach = (graph.integers(x) for x in (0, 1, config.window // 2))
     column = graph.integers([1])
     texts, tokens = graph.add("Gather", "shape", zero), graph.add("Gather", "shape", one)
     last = graph.add("Sub", tokens, one)
     blocks = graph.add("Max", graph.add("Div", tokens, graph.integers(BLOCK)), one)
     block = graph.add("Add", graph.add("Div", last, blocks), one)
-    window = graph.add("Min", graph.add("Add", block, graph.integers(2 * config.reach)), tokens)
+    window = graph.add("Min", graph.add("Add", block, graph.integers(config.window // 2 * 2)), tokens)
 
     index = graph.add("Unsqueeze", graph.add("Range", zero, graph.add("Mul", texts, blocks), one), column)
     start = graph.add("Mul", graph.add("Mod", index, blocks), block)

@@ -65,8 +65,7 @@ def test_an_embedder_is_built_and_has_the_vectors_of_transformers(checkpoint, tm
     parity = {name: variant.parity for name, variant in artifact.manifest.variants.items()}
     assert parity["fp32"].cosine_min > 0.99999
     assert parity["int8"].cosine_mean > 0.99
-    names = [entry.name for entry in Embedder(artifact.path, "fp32")._model.session.get_inputs()]
-    assert names == ["input_ids"]
+    assert [entry.name for entry in load_graph(artifact.path / "model.fp32.onnx").inputs] == ["input_ids"]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -147,7 +146,7 @@ def test_modernberts_blocks_see_what_its_tokens_see(checkpoint, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "mistake", [{"reach": 3}, {"reach": 5}, {"local_theta": 9e3}, {"global_theta": 1e5}, {"global_every": 2}]
+    "mistake", [{"window": 6}, {"window": 10}, {"local_theta": 9e3}, {"global_theta": 1e5}, {"global_every": 2}]
 )
 def test_a_mistaken_window_or_theta_would_be_seen(checkpoint, tmp_path, mistake):
     ids = np.random.default_rng(0).integers(5, 1000, (1, 64))
@@ -169,8 +168,15 @@ def test_modernberts_thetas_are_read_as_transformers_5_writes_them_too():
     assert (read(old).global_theta, read(old).local_theta) == (160_000, 10_000)
     assert (read(old | {"local_rope_theta": None})).local_theta == 160_000
     assert read(new | {"rope_parameters": rope}) == dataclasses.replace(read(old), global_theta=5e4, local_theta=3e3)
-    assert read(new | {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}) is None
-    assert read(old | {"hidden_activation": "tanh"}) is None
+    with pytest.raises(ValueError, match="rope_parameters scale"):
+        read(new | {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}})
+
+
+@pytest.mark.parametrize(
+    "setting", [{"hidden_activation": "tanh"}, {"classifier_activation": "tanh"}, {"rope_scaling": {"factor": 2.0}}]
+)
+def test_what_the_modernbert_family_cant_express_is_left_to_tracing(setting):
+    assert find_family("modernbert").config(CONFIGS["modernbert"]().to_dict() | setting) is None
 
 
 def test_bge_m3_gives_dense_sparse_and_token_vectors(tiny_m3):

@@ -9,11 +9,18 @@ from export.prenorm import PrenormConfig, build_prenorm
 
 
 def config(hf: Mapping[str, Any]) -> PrenormConfig | None:
-    """Read ``config.json`` (transformers' ``ModernBertConfig``); scaled rotary positions are left to tracing."""
+    """Read ``config.json`` (transformers' ``ModernBertConfig``); scaled rotary positions are left to tracing.
+
+    Raises:
+        ValueError: They are scaled as only transformers 5 can, so that tracing would be silently wrong.
+    """
     activation, head_activation = hf.get("hidden_activation", "gelu"), hf.get("classifier_activation", "gelu")
+    pooling = hf.get("classifier_pooling", "cls")
     rope = hf.get("rope_parameters") or {}  # where transformers 5 keeps both thetas
-    scaled = hf.get("rope_scaling") or any(kind.get("rope_type", "default") != "default" for kind in rope.values())
-    if scaled or not {activation, head_activation} <= set(get_args(Activation)):
+    if any(kind.get("rope_type", "default") != "default" for kind in rope.values()):
+        raise ValueError("rope_parameters scale the rotary positions, which no transformers before 5 understands")
+    known = activation in get_args(Activation) and head_activation in get_args(Activation)
+    if hf.get("rope_scaling") or not known or pooling not in ("cls", "mean"):
         return None
     global_theta = rope.get("full_attention", {}).get("rope_theta", hf.get("global_rope_theta", 160_000))
     local_theta = rope.get("sliding_attention", {}).get("rope_theta", hf.get("local_rope_theta", 10_000))
@@ -25,7 +32,7 @@ def config(hf: Mapping[str, Any]) -> PrenormConfig | None:
         vocab=hf["vocab_size"],
         positions=hf["max_position_embeddings"],
         global_every=hf.get("global_attn_every_n_layers", 3),
-        reach=hf.get("local_attention", 128) // 2,
+        window=hf.get("local_attention", 128),
         global_theta=global_theta,
         local_theta=local_theta or global_theta,
         activation=activation,
@@ -35,7 +42,7 @@ def config(hf: Mapping[str, Any]) -> PrenormConfig | None:
         norm_bias=hf.get("norm_bias", False),
         head_activation=head_activation,
         head_bias=hf.get("classifier_bias", False),
-        head_pooling=hf.get("classifier_pooling", "cls"),
+        head_pooling=pooling,
         mlm_bias=hf.get("decoder_bias", True),
     )
 
