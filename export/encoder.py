@@ -1,15 +1,15 @@
-"""The transformer encoder that the model families share, built from its configuration and weights."""
+"""The post-norm encoder that BERT and its kin share, built from its configuration and weights."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from onnx import TensorProto
 
-from export.errors import ExportError
-from export.graph import MICROSOFT, Graph, Loader, float_value, int_value
+from export.graph import MICROSOFT, Graph, float_value, int_value
+from export.layers import Weights, activate, check_shape, checked, linear, norm, parameter, vocabulary_weights
 from runtime.manifest import Output
 
 
@@ -39,37 +39,12 @@ class EncoderConfig:
         """Check what a spoilt ``config.json`` may hold.
 
         Raises:
-            ValueError: A size isn't a whole number or is too small, or the heads don't share the width evenly.
+            ValueError: As ``check_shape``.
         """
-        least = {"token_types": 0, "pad": 0, "relative_buckets": 0}
-        for name in (*("layers", "hidden", "heads", "intermediate", "vocab", "positions"), *least):
-            value = getattr(self, name)
-            if (type(value) is not int or value < least.get(name, 1)) and (name, value) != ("pad", None):
-                raise ValueError(f"{name} is {value!r:.60}, not a whole number from {least.get(name, 1)} up")
-        if self.hidden % self.heads:
-            raise ValueError(f"{self.heads} attention heads can't share {self.hidden} dimensions evenly")
-        if not isinstance(self.norm_eps, float | int):
-            raise ValueError(f"the norms' epsilon is {self.norm_eps!r:.60}, not a number")
+        check_shape(self, token_types=0, relative_buckets=0, **({} if self.pad is None else {"pad": 0}))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """A model family: how to read its ``config.json``, and what it calls its weights.
-
-    Attributes:
-        config: From ``config.json`` to the encoder, or None where the encoder can't express it.
-        weights: Our name of each weight → the checkpoint's, both with ``{i}`` for the layer.
-        prefix: What a checkpoint with a head puts before the encoder's weight names.
-    """
-
-    config: Callable[[Mapping[str, object]], EncoderConfig | None]
-    weights: Mapping[str, str]
-    prefix: str
-
-
-def build_encoder(
-    config: EncoderConfig, weight: Callable[[str], Loader], outputs: Sequence[Output] = ("last_hidden_state",)
-) -> Graph:
+def build_encoder(config: EncoderConfig, weight: Weights, outputs: Sequence[Output] = ("last_hidden_state",)) -> Graph:
     """The encoder in fp32, from ``input_ids`` int64 (batch, tokens) to each of the outputs.
 
     There is no mask, since the runtime never pads: ONNX Runtime's CPU ``MultiHeadAttention`` takes its flash path only
@@ -78,7 +53,7 @@ def build_encoder(
 
     Args:
         config: The encoder's shape.
-        weight: Gives the loader of a weight by our name (see ``Family``), such as ``layer.0.query.weight``.
+        weight: The checkpoint's, by our names.
         outputs: What the graph gives; a reranker's ``logits`` also take ``token_type_ids``, if the model has them.
     """
     graph = Graph(inputs=[int_value("input_ids", "batch", "tokens")])
@@ -94,21 +69,21 @@ def build_encoder(
     return graph
 
 
-def _embeddings(graph: Graph, config: EncoderConfig, weight: Callable[[str], Loader], pairs: bool) -> str:
+def _embeddings(graph: Graph, config: EncoderConfig, weight: Weights, pairs: bool) -> str:
     """Flat embedded tokens, (batch · tokens, hidden); names ``hidden_shape`` on the way."""
     first = 0 if config.pad is None else config.pad + 1
 
     def positions() -> np.ndarray:  # where the token type is always 0, its embedding joins the position's
-        table = _checked(weight, "embeddings.position", first + config.positions, config.hidden)()
+        table = checked(weight, "embeddings.position", first + config.positions, config.hidden)()
         if pairs or not config.token_types:
             return table
-        return table + _checked(weight, "embeddings.token_type", config.token_types, config.hidden)()[0]
+        return table + checked(weight, "embeddings.token_type", config.token_types, config.hidden)()[0]
 
     graph.weight("hidden", np.array([config.hidden], np.int64))
     graph.weight("flat_shape", np.array([-1, config.hidden], np.int64))
     shape = graph.add("Shape", "input_ids", name="shape")
     graph.add("Concat", shape, "hidden", name="hidden_shape", axis=0)
-    x = graph.add("Gather", _weight(graph, weight, "embeddings.word", config.vocab, config.hidden), "input_ids")
+    x = graph.add("Gather", parameter(graph, weight, "embeddings.word", config.vocab, config.hidden), "input_ids")
     graph.add("Gather", shape, graph.weight("one", np.array([1], np.int64)), name="tokens")
     table = graph.weight("embeddings.position", positions)
     if config.pad is None:
@@ -120,12 +95,12 @@ def _embeddings(graph: Graph, config: EncoderConfig, weight: Callable[[str], Loa
         places = graph.add("Gather", table, graph.add("Add", graph.add("Mul", running, counted), pad))
     x = graph.add("Add", x, places)
     if pairs:
-        types = _weight(graph, weight, "embeddings.token_type", config.token_types, config.hidden)
+        types = parameter(graph, weight, "embeddings.token_type", config.token_types, config.hidden)
         x = graph.add("Add", x, graph.add("Gather", types, "token_type_ids"))
-    return graph.add("Reshape", _norm(graph, config, weight, "embeddings.norm", x), "flat_shape")
+    return graph.add("Reshape", norm(graph, weight, "embeddings.norm", x, config.hidden, config.norm_eps), "flat_shape")
 
 
-def _attention_bias(graph: Graph, config: EncoderConfig, weight: Callable[[str], Loader]) -> str:
+def _attention_bias(graph: Graph, config: EncoderConfig, weight: Weights) -> str:
     """A bias for each head and pair of places, (1, heads, tokens, tokens), by the bucket of their distance (T5)."""
     longest, buckets = config.positions - 1, config.relative_buckets // 2
     near, reach = buckets // 2, 128
@@ -135,7 +110,7 @@ def _attention_bias(graph: Graph, config: EncoderConfig, weight: Callable[[str],
         away = np.maximum(np.abs(distance), 1).astype(np.float32)
         far = near + (np.log(away / near) / math.log(reach / near) * (buckets - near)).astype(np.int64)
         bucket = np.where(np.abs(distance) < near, np.abs(distance), np.minimum(far, buckets - 1))
-        load = _checked(weight, "attention_bias", config.relative_buckets, config.heads)
+        load = checked(weight, "attention_bias", config.relative_buckets, config.heads)
         return load()[bucket + np.where(distance > 0, buckets, 0)]
 
     zero, one = graph.weight("first", np.array(0, np.int64)), graph.weight("step", np.array(1, np.int64))
@@ -148,33 +123,23 @@ def _attention_bias(graph: Graph, config: EncoderConfig, weight: Callable[[str],
     return graph.add("Unsqueeze", biases, graph.weight("front", np.array([0], np.int64)))
 
 
-def _layer(graph: Graph, config: EncoderConfig, weight: Callable[[str], Loader], layer: str, x: str, bias: str) -> str:
+def _layer(graph: Graph, config: EncoderConfig, weight: Weights, layer: str, x: str, bias: str) -> str:
     hidden, wide = config.hidden, config.intermediate
     heads = [
-        graph.add("Reshape", _linear(graph, weight, f"{layer}.{part}", x, hidden, hidden), "hidden_shape")
+        graph.add("Reshape", linear(graph, weight, f"{layer}.{part}", x, hidden, hidden), "hidden_shape")
         for part in ("query", "key", "value")
     ]
     inputs = [*heads, "", "", bias] if bias else heads
     attended = graph.add("MultiHeadAttention", *inputs, domain=MICROSOFT, num_heads=config.heads)
     attended = graph.add("Reshape", attended, "flat_shape")
-    attended = _linear(graph, weight, f"{layer}.attention", attended, hidden, hidden)
-    x = _norm(graph, config, weight, f"{layer}.attention_norm", graph.add("Add", attended, x))
-    up = _activate(graph, config, _linear(graph, weight, f"{layer}.up", x, hidden, wide))
-    down = _linear(graph, weight, f"{layer}.down", up, wide, hidden)
-    return _norm(graph, config, weight, f"{layer}.norm", graph.add("Add", down, x))
+    attended = linear(graph, weight, f"{layer}.attention", attended, hidden, hidden)
+    x = norm(graph, weight, f"{layer}.attention_norm", graph.add("Add", attended, x), hidden, config.norm_eps)
+    up = activate(graph, config.activation, linear(graph, weight, f"{layer}.up", x, hidden, wide))
+    down = linear(graph, weight, f"{layer}.down", up, wide, hidden)
+    return norm(graph, weight, f"{layer}.norm", graph.add("Add", down, x), hidden, config.norm_eps)
 
 
-def _activate(graph: Graph, config: EncoderConfig, x: str) -> str:
-    match config.activation:
-        case "gelu":
-            return graph.add("Gelu", x, domain=MICROSOFT)
-        case "gelu_new":
-            return graph.add("FastGelu", x, domain=MICROSOFT)
-        case "relu":
-            return graph.add("Relu", x)
-
-
-def _output(graph: Graph, config: EncoderConfig, weight: Callable[[str], Loader], output: Output, x: str) -> None:
+def _output(graph: Graph, config: EncoderConfig, weight: Weights, output: Output, x: str) -> None:
     """Emit what makes an output of the flat last hidden states ``x``.
 
     ``token_weights`` and ``token_vectors`` are BGE-M3's (arXiv:2402.03216), ``vocabulary_weights`` SPLADE's
@@ -189,64 +154,18 @@ def _output(graph: Graph, config: EncoderConfig, weight: Callable[[str], Loader]
             first = graph.add(
                 "Gather", graph.add("Reshape", x, "hidden_shape"), graph.weight("cls", np.array(0)), axis=1
             )
-            dense = _linear(graph, weight, "head.dense", first, hidden, hidden)
+            dense = linear(graph, weight, "head.dense", first, hidden, hidden)
             dense = graph.add({"tanh": "Tanh", "relu": "Relu"}[config.head_activation], dense)
-            _linear(graph, weight, "head.out", dense, hidden, 1, output)
+            linear(graph, weight, "head.out", dense, hidden, 1, output=output)
             graph.outputs.append(float_value(output, "batch", 1))
         case "token_weights":
-            relu = graph.add("Relu", _linear(graph, weight, "head.sparse", x, hidden, 1))
+            relu = graph.add("Relu", linear(graph, weight, "head.sparse", x, hidden, 1))
             graph.add("Reshape", relu, "shape", name=output)
             graph.outputs.append(float_value(output, "batch", "tokens"))
         case "token_vectors":
-            graph.add("Reshape", _linear(graph, weight, "colbert", x, hidden, hidden), "hidden_shape", name=output)
+            graph.add("Reshape", linear(graph, weight, "colbert", x, hidden, hidden), "hidden_shape", name=output)
             graph.outputs.append(float_value(output, "batch", "tokens", hidden))
         case "vocabulary_weights":
-            x = _activate(graph, config, _linear(graph, weight, "mlm.dense", x, hidden, hidden))
-            x = _norm(graph, config, weight, "mlm.norm", x)
-            words = _weight(graph, weight, "embeddings.word", config.vocab, hidden)
-            x = graph.add("Gemm", x, words, _weight(graph, weight, "mlm.bias", config.vocab), name="mlm.out", transB=1)
-            graph.weight("vocabulary", np.array([config.vocab], np.int64))
-            x = graph.add("Reshape", x, graph.add("Concat", "shape", "vocabulary", axis=0))
-            x = graph.add("Relu", graph.add("ReduceMax", x, axes=[1], keepdims=0))
-            graph.add("Log", graph.add("Add", x, graph.weight("1.0", np.array(1, np.float32))), name=output)
-            graph.outputs.append(float_value(output, "batch", config.vocab))
-
-
-def _linear(
-    graph: Graph,
-    weight: Callable[[str], Loader],
-    name: str,
-    x: str,
-    width_in: int,
-    width_out: int,
-    output: str = "",
-) -> str:
-    matrix = _weight(graph, weight, f"{name}.weight", width_out, width_in)
-    return graph.add(
-        "Gemm", x, matrix, _weight(graph, weight, f"{name}.bias", width_out), name=output or name, transB=1
-    )
-
-
-def _norm(graph: Graph, config: EncoderConfig, weight: Callable[[str], Loader], name: str, x: str) -> str:
-    parts = [_weight(graph, weight, f"{name}.{part}", config.hidden) for part in ("weight", "bias")]
-    return graph.add("LayerNormalization", x, *parts, axis=-1, epsilon=config.norm_eps)
-
-
-def _weight(graph: Graph, weight: Callable[[str], Loader], name: str, *shape: int) -> str:
-    return graph.weight(name, _checked(weight, name, *shape))
-
-
-def _checked(weight: Callable[[str], Loader], name: str, *shape: int) -> Loader:
-    """The loader of a weight as float32, which raises unless it has the shape that ``config.json`` makes expect."""
-    load = weight(name)
-
-    def checked() -> np.ndarray:
-        array = load()
-        if array.shape != shape:
-            raise ExportError(
-                f"weight {name} has shape {array.shape} where config.json makes it {shape}; the two don't "
-                "belong together, download the checkpoint again"
-            )
-        return array.astype(np.float32, copy=False)
-
-    return checked
+            x = activate(graph, config.activation, linear(graph, weight, "mlm.dense", x, hidden, hidden))
+            x = norm(graph, weight, "mlm.norm", x, hidden, config.norm_eps)
+            vocabulary_weights(graph, weight, x, config.vocab, hidden)

@@ -51,6 +51,10 @@ class Graph:
         self.weights[name] = value if callable(value) else lambda: value
         return name
 
+    def integers(self, value: int | list[int]) -> str:
+        """Add an int64 constant, a scalar or a list, and return its name, which is how it is written."""
+        return self.weight(str(value), np.array(value, np.int64))
+
     def save(self, path: Path) -> Path | None:
         """Write the graph, holding one weight at a time.
 

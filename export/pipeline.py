@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from export.calibrate import calibration_pairs, calibration_texts, collect
 from export.card import model_card
 from export.catalog import read_json
-from export.encoder import build_encoder
 from export.errors import ExportError, first_line
 from export.families import find_family, weight_finder
 from export.graph import Graph
@@ -136,12 +135,12 @@ def build_graph(checkpoint: Checkpoint) -> Graph:
         encoder = family.config(config) if family else None
     except KeyError as missing:
         raise ExportError(f"{checkpoint.id}: config.json has no {missing}; download the checkpoint again") from None
-    except ValueError as error:
+    except (AttributeError, TypeError, ValueError) as error:  # as a value of the wrong type raises
         raise ExportError(f"{checkpoint.id}: config.json doesn't fit: {error}; download the checkpoint again") from None
     outputs = checkpoint.spec.outputs
     if family is None or encoder is None:
         return trace(checkpoint.folder, architecture, outputs)
-    return build_encoder(encoder, weight_finder(family, checkpoint.weights()), outputs)
+    return family.build(encoder, weight_finder(family, checkpoint.weights()), outputs)
 
 
 def quantize(

@@ -38,6 +38,10 @@ def expected_rows():
     yield "BAAI/bge-m3", "embedder", "cls", 1024, 8192, {}
     yield "maidalun1020/bce-embedding-base_v1", "embedder", "cls", None, 512, {}
     yield "sentence-transformers/all-MiniLM-L6-v2", "embedder", "mean", 384, 256, {}
+    yield "Alibaba-NLP/gte-modernbert-base", "embedder", "cls", 768, 8192, {}
+    yield "Alibaba-NLP/gte-reranker-modernbert-base", "reranker", None, None, 8192, {}
+    yield "ibm-granite/granite-embedding-english-r2", "embedder", "cls", 768, 8192, {}
+    yield "ibm-granite/granite-embedding-small-english-r2", "embedder", "cls", 384, 8192, {}
     for name, limit in (("base", 512), ("large", 512), ("v2-m3", 8192)):
         yield f"BAAI/bge-reranker-{name}", "reranker", None, None, limit, {}
     yield "maidalun1020/bce-reranker-base_v1", "reranker", None, None, 512, {}

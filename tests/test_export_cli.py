@@ -127,6 +127,7 @@ def test_each_error_is_one_line_with_its_cure(cli, tiny_checkpoint, tmp_path, mo
 CONFIG, MODULES, POOLING = "config.json", "modules.json", "1_Pooling/config.json"
 TRANSFORMER = {"type": "sentence_transformers.models.Transformer", "path": ""}
 XLMR = {"model_type": "xlm-roberta", "max_position_embeddings": 64}
+MODERNBERT = {"model_type": "modernbert"}
 CLASSIFIER = {"architectures": ["BertForSequenceClassification"]}
 INDEX = "model.safetensors.index.json"
 
@@ -150,6 +151,9 @@ INDEX = "model.safetensors.index.json"
         (CONFIG, {"max_position_embeddings": -64}, "max length is -64"),
         (CONFIG, {**XLMR, "pad_token_id": None}, "pad_token_id is None, not int"),
         (CONFIG, {**XLMR, "pad_token_id": 70}, "max length is -7"),
+        (CONFIG, {**MODERNBERT, "local_attention": "128"}, "window is '128', not a whole number from 0 up"),
+        (CONFIG, {**MODERNBERT, "local_rope_theta": "1e4"}, "the theta '1e4', not a positive number"),
+        (CONFIG, {**MODERNBERT, "rope_parameters": {"full_attention": 5}}, "config.json doesn't fit"),
         (CONFIG, {**CLASSIFIER, "id2label": 5}, "id2label is 5, not dict"),
         (CONFIG, {**CLASSIFIER, "num_labels": "1"}, "num_labels is '1', not int"),
         (MODULES, [{"path": ""}], "the module without a type can't be exported"),

@@ -1,5 +1,7 @@
 """Every family that is built gives what transformers gives, in each of its outputs, and int8 stays close."""
 
+import dataclasses
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -7,8 +9,8 @@ import torch
 import transformers
 from conftest import make_checkpoint, make_splade, sizes, tiny_bert_config, tiny_xlmr_config, train_unigram
 
-from export.encoder import build_encoder
 from export.families import find_family, weight_finder
+from export.graph import load_graph
 from export.pipeline import export_model
 from export.source import resolve_source
 from runtime import Embedder, Reranker
@@ -24,6 +26,11 @@ CONFIGS = {
         vocab_size=1000, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64, **changes
     ),
     "mpnet": lambda **changes: transformers.MPNetConfig(**sizes(max_position_embeddings=66) | changes),
+    "modernbert": lambda **changes: transformers.ModernBertConfig(
+        **sizes(num_hidden_layers=4, local_attention=8, max_position_embeddings=512),
+        **dict(pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3),
+        **changes,
+    ),
 }
 UNIGRAM = ("xlm-roberta", "camembert")
 
@@ -58,8 +65,7 @@ def test_an_embedder_is_built_and_has_the_vectors_of_transformers(checkpoint, tm
     parity = {name: variant.parity for name, variant in artifact.manifest.variants.items()}
     assert parity["fp32"].cosine_min > 0.99999
     assert parity["int8"].cosine_mean > 0.99
-    names = [entry.name for entry in Embedder(artifact.path, "fp32")._session().get_inputs()]
-    assert names == ["input_ids"]
+    assert [entry.name for entry in load_graph(artifact.path / "model.fp32.onnx").inputs] == ["input_ids"]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -72,7 +78,7 @@ def test_a_reranker_has_the_logits_of_transformers(checkpoint, tmp_path, family)
     assert (artifact.manifest.kind, artifact.manifest.outputs, artifact.manifest.dim) == ("reranker", ("logits",), 1)
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "modernbert"])
 def test_a_splade_has_the_weights_of_transformers(checkpoint, tmp_path, family):
     folder = make_splade(checkpoint(family, "ForMaskedLM"))
     artifact = export_model(str(folder), tmp_path / "out")
@@ -86,15 +92,14 @@ def test_a_splade_has_the_weights_of_transformers(checkpoint, tmp_path, family):
     assert all(0 <= int(token) < 1000 for token in weights)
 
 
-def hidden_states(folder, ids, tmp_path):
-    """What our graph and transformers give for token ids, none of them masked."""
+def hidden_states(folder, ids, tmp_path, **changes):
+    """What our graph and transformers give for token ids, none of them masked; ``changes`` are of our configuration."""
     checkpoint = resolve_source(str(folder))
     family = find_family(checkpoint.config["model_type"])
-    build_encoder(family.config(checkpoint.config), weight_finder(family, checkpoint.weights())).save(
-        tmp_path / "m.onnx"
-    )
+    config = dataclasses.replace(family.config(checkpoint.config), **changes)
+    family.build(config, weight_finder(family, checkpoint.weights())).save(tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
-    model = transformers.AutoModel.from_pretrained(folder).eval()
+    model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.inference_mode():
         theirs = model(torch.tensor(ids), attention_mask=torch.ones(*ids.shape)).last_hidden_state.numpy()
     return session.run(None, {"input_ids": ids})[0], theirs
@@ -109,17 +114,69 @@ def test_a_padding_token_written_in_a_text_takes_no_place(checkpoint, tmp_path, 
 
 def test_mpnets_buckets_are_those_of_transformers_at_every_distance(checkpoint, tmp_path):
     folder = checkpoint("mpnet", max_position_embeddings=514)
-    checkpoint_ = resolve_source(str(folder))
-    found = find_family("mpnet")
-    build_encoder(found.config(checkpoint_.config), weight_finder(found, checkpoint_.weights())).save(
-        tmp_path / "m.onnx"
-    )
-    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     ids = np.random.default_rng(0).integers(5, 1000, (1, 512))
-    model = transformers.AutoModel.from_pretrained(folder).eval()
-    with torch.inference_mode():
-        expected = model(torch.tensor(ids)).last_hidden_state.numpy()
-    np.testing.assert_allclose(session.run(None, {"input_ids": ids})[0], expected, atol=2e-4)
+    ours, theirs = hidden_states(folder, ids, tmp_path)
+    np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+BIASES = dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"classifier_pooling": "mean"}, BIASES, {"hidden_activation": "silu", "classifier_activation": "relu"}],
+    ids=["mean", "biases", "activations"],
+)
+def test_a_modernbert_of_another_shape_has_the_logits_of_transformers(checkpoint, tmp_path, changes):
+    folder = checkpoint("modernbert", "ForSequenceClassification", 0.3, num_labels=1, **changes)
+    artifact = export_model(str(folder), tmp_path / "out", ["fp32"])
+    assert artifact.manifest.variants["fp32"].parity.score_max_diff < 1e-4
+
+
+@pytest.mark.parametrize("block", [1, 8, 128])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 6, 15, 16, 17, 63, 255, 256, 257, 300, 512])
+def test_modernberts_blocks_see_what_its_tokens_see(checkpoint, tmp_path, monkeypatch, block, tokens):
+    monkeypatch.setattr("export.prenorm.BLOCK", block)
+    ids = np.random.default_rng(tokens).integers(5, 1000, (3, tokens))
+    ours, theirs = hidden_states(checkpoint("modernbert", spread=0.3), ids, tmp_path)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    for i in range(3):
+        np.testing.assert_array_equal(session.run(None, {"input_ids": ids[i : i + 1]})[0][0], ours[i])
+
+
+@pytest.mark.parametrize(
+    "mistake", [{"window": 6}, {"window": 10}, {"local_theta": 9e3}, {"global_theta": 1e5}, {"global_every": 2}]
+)
+def test_a_mistaken_window_or_theta_would_be_seen(checkpoint, tmp_path, mistake):
+    ids = np.random.default_rng(0).integers(5, 1000, (1, 64))
+    ours, theirs = hidden_states(checkpoint("modernbert", spread=0.3), ids, tmp_path, **mistake)
+    assert np.abs(ours - theirs).max() > 1e-2
+
+
+def test_all_linears_of_a_modernbert_become_int8_though_they_have_no_bias(checkpoint, tmp_path):
+    artifact = export_model(str(checkpoint("modernbert")), tmp_path / "out", ["int8"])
+    nodes = load_graph(artifact.path / "model.int8.onnx").nodes
+    assert sum(node.op_type == "MatMulIntegerToFloat" for node in nodes) == 7 * 4
+    assert not any(node.op_type == "Gemm" for node in nodes)
+
+
+def test_modernberts_thetas_are_read_as_transformers_5_writes_them_too():
+    read, old = find_family("modernbert").config, CONFIGS["modernbert"]().to_dict()
+    new = {key: value for key, value in old.items() if not key.endswith("rope_theta")}
+    rope = {"full_attention": {"rope_theta": 5e4}, "sliding_attention": {"rope_theta": 3e3, "rope_type": "default"}}
+    assert (read(old).global_theta, read(old).local_theta) == (160_000, 10_000)
+    assert (read(old | {"local_rope_theta": None})).local_theta == 160_000
+    assert read(new | {"rope_parameters": rope}) == dataclasses.replace(read(old), global_theta=5e4, local_theta=3e3)
+    with pytest.raises(ValueError, match="rope_parameters scale"):
+        read(new | {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}})
+
+
+@pytest.mark.parametrize(
+    "setting", [{"hidden_activation": "tanh"}, {"classifier_activation": "tanh"}, {"rope_scaling": {"factor": 2.0}}]
+)
+def test_what_the_modernbert_family_cant_express_is_left_to_tracing(setting):
+    assert find_family("modernbert").config(CONFIGS["modernbert"]().to_dict() | setting) is None
 
 
 def test_bge_m3_gives_dense_sparse_and_token_vectors(tiny_m3):

@@ -4,10 +4,33 @@ import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from export.encoder import Family
+import numpy as np
+
+from export.encoder import build_encoder
 from export.errors import ExportError
-from export.graph import Loader
+from export.graph import Graph, Loader
+from export.layers import Weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """A model family: how to read its ``config.json``, and what it calls its weights.
+
+    Attributes:
+        config: From ``config.json`` to the configuration of its emitter, or None where that can't express it.
+        weights: Our name of each weight → the checkpoint's, both with ``{i}`` for the layer and ``{p}`` for ``weight``
+            or ``bias``. Where one weight holds several of ours, ``[1/3]`` at the end is the second third of its rows.
+        prefix: What a checkpoint with a head puts before the encoder's weight names.
+        build: The emitter, from its configuration, the weights and the outputs to the graph.
+    """
+
+    config: Callable[[Mapping[str, object]], Any]
+    weights: Mapping[str, str]
+    prefix: str
+    build: Callable[..., Graph] = build_encoder
 
 
 def find_family(model_type: str) -> Family | None:
@@ -19,7 +42,7 @@ def find_family(model_type: str) -> Family | None:
     return family
 
 
-def weight_finder(family: Family, weights: Mapping[str, Loader]) -> Callable[[str], Loader]:
+def weight_finder(family: Family, weights: Mapping[str, Loader]) -> Weights:
     """A function from our name of a weight to its loader.
 
     Args:
@@ -32,10 +55,16 @@ def weight_finder(family: Family, weights: Mapping[str, Loader]) -> Callable[[st
         pattern = re.sub(r"^layer\.\d+\.", "layer.{i}.", name)
         stem, _, part = pattern.rpartition(".")
         theirs = family.weights.get(pattern) or family.weights[f"{stem}.{{p}}"]
-        theirs = theirs.format(i=layer and layer[1], p=part)
+        theirs, _, share = theirs.format(i=layer and layer[1], p=part).partition("[")
         for candidate in (theirs, family.prefix + theirs):
             if candidate in weights:
-                return weights[candidate]
+                return _rows(weights[candidate], share.rstrip("]")) if share else weights[candidate]
         raise ExportError(f"the checkpoint has no weight {theirs!r}; is it a {family.prefix.rstrip('.')} encoder?")
 
     return find
+
+
+def _rows(load: Loader, share: str) -> Loader:
+    """A share such as ``1/3`` of a weight's rows."""
+    which, of = map(int, share.split("/"))
+    return lambda: np.array_split(load(), of)[which]

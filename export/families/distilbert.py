@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from export.encoder import EncoderConfig, Family
+from export.encoder import EncoderConfig
+from export.families import Family
 
 
 def config(hf: Mapping[str, Any]) -> EncoderConfig | None:

@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from export.encoder import EncoderConfig, Family
-from export.families import roberta
+from export.encoder import EncoderConfig
+from export.families import Family, roberta
 
 
 def config(hf: Mapping[str, Any]) -> EncoderConfig | None:

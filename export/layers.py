@@ -1,0 +1,108 @@
+"""The parts that the encoders share: checked shapes and weights, linears, norms, activations, and SPLADE's head."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from export.errors import ExportError
+from export.graph import MICROSOFT, Graph, Loader, float_value
+
+Weights: TypeAlias = Callable[[str], Loader]
+"""Gives the loader of a weight by our name (see ``Family``), such as ``layer.0.query.weight``."""
+
+Activation = Literal["gelu", "gelu_new", "relu", "silu"]
+
+
+def check_shape(config: Any, **least: int) -> None:  # noqa: ANN401
+    """Check what a spoilt ``config.json`` may have made of an encoder's configuration.
+
+    Args:
+        config: The configuration.
+        least: Further sizes than those that every encoder has, and the smallest that each may be.
+
+    Raises:
+        ValueError: A size isn't a whole number or is too small, or the heads don't share the width evenly.
+    """
+    sizes = ("layers", "hidden", "heads", "intermediate", "vocab", "positions")
+    for name, lowest in (dict.fromkeys(sizes, 1) | least).items():
+        value = getattr(config, name)
+        if type(value) is not int or value < lowest:
+            raise ValueError(f"{name} is {value!r:.60}, not a whole number from {lowest} up")
+    if config.hidden % config.heads:
+        raise ValueError(f"{config.heads} attention heads can't share {config.hidden} dimensions evenly")
+    if not isinstance(config.norm_eps, float | int):
+        raise ValueError(f"the norms' epsilon is {config.norm_eps!r:.60}, not a number")
+
+
+def linear(
+    graph: Graph,
+    weight: Weights,
+    name: str,
+    x: str,
+    width_in: int,
+    width_out: int,
+    *,
+    bias: bool = True,
+    output: str = "",
+) -> str:
+    """A linear over flat tokens, as ``Gemm``, which takes the bias along."""
+    inputs = [x, parameter(graph, weight, f"{name}.weight", width_out, width_in)]
+    if bias:
+        inputs.append(parameter(graph, weight, f"{name}.bias", width_out))
+    return graph.add("Gemm", *inputs, name=output or name, transB=1)
+
+
+def norm(graph: Graph, weight: Weights, name: str, x: str, width: int, epsilon: float, *, bias: bool = True) -> str:
+    """A layer normalisation."""
+    parts = [
+        parameter(graph, weight, f"{name}.{part}", width) for part in ("weight", "bias") if part == "weight" or bias
+    ]
+    return graph.add("LayerNormalization", x, *parts, axis=-1, epsilon=epsilon)
+
+
+def activate(graph: Graph, activation: Activation, x: str) -> str:
+    """An activation, under transformers' name for it."""
+    match activation:
+        case "gelu":
+            return graph.add("Gelu", x, domain=MICROSOFT)
+        case "gelu_new":
+            return graph.add("FastGelu", x, domain=MICROSOFT)
+        case "relu":
+            return graph.add("Relu", x)
+        case "silu":
+            return graph.add("QuickGelu", x, domain=MICROSOFT, alpha=1.0)
+
+
+def vocabulary_weights(graph: Graph, weight: Weights, x: str, vocab: int, hidden: int, *, bias: bool = True) -> None:
+    """SPLADE's output (arXiv:2109.10086), of the last states of a masked language model's head."""
+    inputs = [x, parameter(graph, weight, "embeddings.word", vocab, hidden)]
+    if bias:
+        inputs.append(parameter(graph, weight, "mlm.bias", vocab))
+    x = graph.add("Gemm", *inputs, name="mlm.out", transB=1)
+    graph.weight("vocabulary", np.array([vocab], np.int64))
+    x = graph.add("Reshape", x, graph.add("Concat", "shape", "vocabulary", axis=0))
+    x = graph.add("Relu", graph.add("ReduceMax", x, axes=[1], keepdims=0))
+    graph.add("Log", graph.add("Add", x, graph.weight("1.0", np.array(1, np.float32))), name="vocabulary_weights")
+    graph.outputs.append(float_value("vocabulary_weights", "batch", vocab))
+
+
+def parameter(graph: Graph, weight: Weights, name: str, *shape: int) -> str:
+    """A weight of the checkpoint, which ``checked`` reads."""
+    return graph.weight(name, checked(weight, name, *shape))
+
+
+def checked(weight: Weights, name: str, *shape: int) -> Loader:
+    """The loader of a weight as float32, which raises unless it has the shape that ``config.json`` makes expect."""
+    load = weight(name)
+
+    def checked() -> np.ndarray:
+        array = load()
+        if array.shape != shape:
+            raise ExportError(
+                f"weight {name} has shape {array.shape} where config.json makes it {shape}; the two don't "
+                "belong together, download the checkpoint again"
+            )
+        return array.astype(np.float32, copy=False)
+
+    return checked
