@@ -16,8 +16,10 @@ try:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from benchmarks import client, machine, quality, report
+    from benchmarks.compare import compare
     from benchmarks.data import read_beir, read_sts
     from benchmarks.errors import DataError, EngineError
+    from benchmarks.mteb import measure_mteb
     from benchmarks.results import Journal, Result
     from benchmarks.retriever import measure_retriever
     from benchmarks.speed import PROFILES, Bench, measure_speed
@@ -52,22 +54,28 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m benchmarks", description="Speed, cost and quality beside the peers'.")
     modes = parser.add_subparsers(required=True, metavar="MODE")
-    for name, action, text in (
-        ("all", _all, "everything below that is measured"),
-        ("speed", _speed, "throughput, latency, cold start and memory"),
-        ("quality", _quality, "STS, retrieval, and retrieval in two stages"),
-        ("retriever", _retriever, "indexing and searching with our Retriever"),
-    ):
+    measured = {
+        "all": (_all, "everything below that is measured"),
+        "speed": (_speed, "throughput, latency, cold start and memory"),
+        "quality": (_quality, "STS, retrieval, and retrieval in two stages"),
+        "retriever": (_retriever, "indexing and searching with our Retriever"),
+    }
+    for name, (action, text) in measured.items():
         mode = modes.add_parser(name, help=text)
         mode.set_defaults(action=action)
-        mode.add_argument("artifact", type=Path, help="of an embedder (or, for quality, a reranker)")
-        mode.add_argument("--checkpoint", help="what it was exported from, for the peers (default: by its name)")
+        mode.add_argument("artifact", type=Path, help="of an embedder (or, for speed and quality, a reranker)")
         mode.add_argument("--reranker", type=Path, metavar="ARTIFACT", help="sorts what the embedder finds again")
-        mode.add_argument("--reranker-checkpoint", metavar="CHECKPOINT", help="what the reranker was exported from")
-        mode.add_argument("--engines", metavar="NAMES", help="such as ours,optimum:int8 (default: all)")
-        mode.add_argument("--reranker-engines", metavar="NAMES", default="ours:int8", help="default: ours:int8")
-        mode.add_argument("--sts", type=Path, metavar="PATH", help="CSV of sentence, sentence, score, or its folder")
-        mode.add_argument("--beir", type=Path, metavar="DIR", help="corpus.jsonl, queries.jsonl, qrels/test.tsv")
+        if name != "retriever":
+            mode.add_argument("--checkpoint", help="what it was exported from, for the peers (default: by its name)")
+            mode.add_argument("--reranker-checkpoint", metavar="CHECKPOINT", help="what the reranker was exported from")
+            mode.add_argument("--engines", metavar="NAMES", help="such as ours,optimum:int8 (default: all)")
+            mode.add_argument("--reranker-engines", metavar="NAMES", default="ours:int8", help="default: ours:int8")
+            mode.add_argument("--beir", type=Path, metavar="DIR", help="corpus.jsonl, queries.jsonl, qrels/test.tsv")
+        if name in ("all", "quality"):
+            mode.add_argument(
+                "--sts", type=Path, metavar="PATH", help="CSV of two sentences and a score, or its folder"
+            )
+            mode.add_argument("--mteb", metavar="TASK", help="of our engine; needs mteb and the hub")
         mode.add_argument("--threads", type=int, default=usable_cpus(), help="of every engine (default: all)")
         mode.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         mode.add_argument("--profile", choices=PROFILES, default="quick", help="how much is measured (default: quick)")
@@ -75,10 +83,15 @@ def _parser() -> argparse.ArgumentParser:
         mode.add_argument(
             "--resume", metavar="RUN", nargs="?", const="last", help="go on with a run (default: the last)"
         )
-    reported = modes.add_parser("report", help="tables and plots, and the README's section")
+    reported = modes.add_parser("report", help="tables and plots in a folder, and the README's section")
     reported.set_defaults(action=_report)
     reported.add_argument("results", type=Path, nargs="?", default=RESULTS / "full.jsonl", help="default: full.jsonl")
-    reported.add_argument("--readme", type=Path, help="update the section between its markers")
+    reported.add_argument("--out", type=Path, metavar="DIR", help="default: beside the results, without .jsonl")
+    reported.add_argument("--readme", type=Path, metavar="FILE", help="update the section between its markers")
+    compared = modes.add_parser("compare", help="what got worse beyond the spread; ends with 1 if anything did")
+    compared.set_defaults(action=_compare)
+    compared.add_argument("old", type=Path)
+    compared.add_argument("new", type=Path)
     installed = modes.add_parser("install", help="make environments for the engines that need one of their own")
     installed.set_defaults(action=_install)
     installed.add_argument("engines", nargs="*", help=f"default: {' '.join(client.separate_engines())}")
@@ -136,6 +149,8 @@ def _measure_quality(options: argparse.Namespace, journal: Journal) -> None:
     subject = open_subject(options.artifact, options.checkpoint)
     jobs = plan_jobs(subject, options.engines, threads=options.threads, device=options.device)
     name, prompts = subject.manifest.name, subject.manifest.prompts
+    if options.mteb:
+        _measure_mteb(options, journal)
     if options.sts:
         pairs = read_sts(options.sts)
         for job in jobs:
@@ -151,6 +166,12 @@ def _measure_quality(options: argparse.Namespace, journal: Journal) -> None:
                 names = name, second.manifest.name
                 with _progress() as show:
                     _attempt(quality.measure_two_stages, firsts, job, names, data, prompts, journal, show)
+
+
+def _measure_mteb(options: argparse.Namespace, journal: Journal) -> None:
+    for variant in load_manifest(options.artifact).variants:
+        embedder = Embedder(options.artifact, variant, device=options.device, threads=options.threads)
+        _attempt(measure_mteb, embedder, options.mteb, journal)
 
 
 def _measure_retriever(options: argparse.Namespace, journal: Journal) -> None:
@@ -183,13 +204,27 @@ def _errors() -> Console:
 
 
 def _report(options: argparse.Namespace) -> None:
-    readme = options.readme
-    source = os.path.relpath(options.results, readme.parent) if readme else options.results.name
-    text = report.section(report.newest_results(options.results), source)
-    if readme:
-        report.update_readme(readme, text)
-    else:
-        sys.stdout.write(text)
+    results = report.newest_results(options.results)
+    for path in report.write_report(results, options.out or options.results.with_suffix("")):
+        print(path)
+    if options.readme:
+        source = os.path.relpath(options.results, options.readme.parent)
+        report.update_readme(options.readme, report.section(results, source))
+
+
+def _compare(options: argparse.Namespace) -> int:
+    changes = compare(report.newest_results(options.old), report.newest_results(options.new))
+    if not changes:
+        raise DataError(f"{options.new}: has no measurement in common with {options.old}; compare runs of one profile")
+    for verdict, word in ((-1, "worse"), (1, "better")):
+        for change in changes:
+            if change.verdict == verdict:
+                old, new = report.spread(change.old), report.spread(change.new)
+                print(f"{word}: {change.what}: {change.figure} {old} -> {new}")
+    worse, better = (sum(change.verdict == verdict for change in changes) for verdict in (-1, 1))
+    same = len(changes) - worse - better
+    print(f"{len(changes)} figures: {worse} worse and {better} better beyond the spread of both, {same} the same")
+    return int(worse > 0)
 
 
 def _install(options: argparse.Namespace) -> None:

@@ -1,0 +1,60 @@
+"""Two results files side by side: what got worse, or better, by more than the spread of both."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from benchmarks.results import Figure, Result
+
+SENSES = {
+    "ratio": 1,
+    "spearman": 1,
+    "nDCG@10": 1,
+    "R@100": 1,
+    "MRR@10": 1,
+    "main score": 1,
+    "peak MB": -1,
+    "disk MB": -1,
+}
+"""What is compared, and whether more of it is better. Times aren't: machines differ, and the ratios say it better."""
+TOLERANCE = 0.001
+"""Of the old median, for figures without a spread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One figure of one engine in two results files."""
+
+    what: str
+    figure: str
+    old: Figure
+    new: Figure
+
+    @property
+    def verdict(self) -> int:
+        """1 if it is better beyond the spread of both, -1 if worse, else 0."""
+        slack = TOLERANCE * abs(self.old.median)
+        risen = self.new.low > self.old.high + slack
+        fallen = self.new.high < self.old.low - slack
+        return SENSES[self.figure] * (risen - fallen)
+
+
+def compare(old: Sequence[Result], new: Sequence[Result]) -> list[Change]:
+    """The figures that both have.
+
+    Args:
+        old: The newest results of one file.
+        new: Those of another.
+    """
+    before = {result.key: result for result in old}
+    return [
+        Change(_name(result), name, before[result.key].figures[name], figure)
+        for result in new
+        if result.key in before
+        for name, figure in result.figures.items()
+        if name in SENSES and name in before[result.key].figures
+    ]
+
+
+def _name(result: Result) -> str:
+    settings = " ".join(f"{name}={value}" for name, value in result.settings.items())
+    return f"{result.model} {result.engine} {result.variant} {result.benchmark} {settings}"
