@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import importlib.metadata
 import os
 import shutil
@@ -257,10 +258,7 @@ def staging_folder(out: Path, force: bool) -> Iterator[Path]:
     if out.is_symlink() and not out.exists():
         raise ExportError(f"{out}: a link that leads nowhere; remove it, or choose another --out")
     out = out.resolve()
-    if out.exists() and not force:
-        raise ExportError(f"{out}: exists already; pass --force to replace it, or --out for another folder")
-    if out.exists() and not _replaceable(out):
-        raise ExportError(f"{out}: not an artifact, so --force won't replace it; choose another --out")
+    _check_free(out, force)
     stage, made = None, []
     try:
         made = [folder for folder in out.parents if not folder.exists()]
@@ -268,10 +266,12 @@ def staging_folder(out: Path, force: bool) -> Iterator[Path]:
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
         stage.chmod(0o755)
         yield stage
-        if out.exists():
-            _exchange(stage, out)  # the old artifact is now in the staging folder, which goes
-        else:
-            stage.rename(out)
+        with _alone(out.parent):  # another export may have made it meanwhile
+            _check_free(out, force)
+            if out.exists():
+                _exchange(stage, out)  # the old artifact is now in the staging folder, which goes
+            else:
+                stage.rename(out)
     except OSError as error:
         if error.errno is None:  # transformers raises bare OSErrors that have nothing to do with a disk
             raise
@@ -285,6 +285,25 @@ def staging_folder(out: Path, force: bool) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # the deepest first, up to one that isn't empty
             for folder in made:
                 folder.rmdir()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds off other exports to a folder, where the file system can lock it."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
+
+
+def _check_free(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise ExportError(f"{out}: exists already; pass --force to replace it, or --out for another folder")
+    if out.exists() and not _replaceable(out):
+        raise ExportError(f"{out}: not an artifact, so --force won't replace it; choose another --out")
 
 
 def _replaceable(out: Path) -> bool:
