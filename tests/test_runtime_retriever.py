@@ -191,8 +191,9 @@ def test_two_that_have_a_folder_open_never_spoil_it(filled, embedder, tmp_path):
         second.add(["a text"])
     assert (len(first), len(second), len(Retriever(tmp_path / "index", embedder))) == (298, 300, 300)
     first.save()
-    found = second.retrieve("a plane", 300)  # with the vectors that it loaded
-    assert {hit.id for hit in found} == {str(i) for i in range(2, 300)}
+    found = {hit.id for hit in second.retrieve("a plane", 300)}  # with the vectors that it loaded
+    assert found <= {str(i) for i in range(2, 300)}
+    assert len(found) > 280  # HNSW finds nearly all
     for change in (lambda: second.add(["a text"]), lambda: second.remove(["7"]), second.save):
         with pytest.raises(ArtifactError, match="another process changed it since it was opened; open it again"):
             change()
