@@ -1,0 +1,78 @@
+"""Memory is bounded by the tokens of one run, whatever is embedded and for how long.
+
+The bound, which docs/decisions.md states: beside the loaded model, a run takes less than 96 bytes for each of its
+tokens and dimensions (it holds at most 2,048 tokens, or one longer text).
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+
+BYTES = 96
+"""For each token and dimension of a run."""
+
+SCRIPT = """
+import random, re, resource, sys
+from pathlib import Path
+from runtime import Embedder
+from runtime.model import MAX_TOKENS_PER_RUN
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+def held():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+def texts(count):
+    return (" ".join(draw.choices(WORDS, k=draw.choice((1, 3, 10, 30, 100, 300)))) for _ in range(count))
+
+WORDS, draw = "river stone light apple horse tower green table music bread".split(), random.Random(0)
+embedder = Embedder(sys.argv[1], sys.argv[2], device="cpu", threads=2)
+embedder.encode("to the first vector")
+"""
+BOUND = (
+    SCRIPT
+    + """
+loaded = held()
+embedder.encode(list(texts(300)))
+for _ in embedder.encode_iter(texts(300), chunk_size=64):
+    pass
+print((peak() - loaded) / (max(MAX_TOKENS_PER_RUN, embedder.max_length) * embedder.dim))
+"""
+)
+GROWTH = (
+    SCRIPT
+    + """
+for _ in embedder.encode_iter(texts(int(sys.argv[3]) // 4), chunk_size=256):
+    pass
+warm = peak()
+for _ in embedder.encode_iter(texts(int(sys.argv[3])), chunk_size=256):
+    pass
+print((peak() - warm) / 1e6)
+"""
+)
+
+
+def run(code: str, *arguments) -> float:
+    """The number that a process of its own prints."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3000, stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
+
+
+@pytest.mark.parametrize("variant", ["fp32", "int8"])
+def test_any_mix_of_lengths_stays_within_the_stated_bound(minilm, variant):
+    assert run(BOUND, minilm, variant) < BYTES
+
+
+@pytest.mark.parametrize(
+    ("model", "count"), [("tiny_artifact", 2_000), pytest.param("minilm", 20_000, marks=pytest.mark.long)]
+)
+def test_memory_does_not_grow(request, model, count):
+    """By less than 8 MB, with texts of random lengths; a leak of a kilobyte a text would be 20 in the long one."""
+    assert run(GROWTH, request.getfixturevalue(model), "int8", count) < 8
