@@ -7,7 +7,13 @@ MODEL := artifacts/all-minilm-l6-v2
 # A trained one next to this checkout, else from the hub; without either, the demo shows its first stage alone.
 RERANKER ?= $(firstword $(wildcard ../shared/models/*-reranker) ms-marco-minilm-l6)
 
-.PHONY: install demo test test-long lint fix wheel clean
+BENCH := $(BIN)/python -m benchmarks
+# Data to measure quality on: that next to this checkout, if it is there, or BEIR=<folder> STS=<folder or CSV>.
+BEIR ?= $(wildcard ../shared/data/cranfield)
+STS ?= $(wildcard ../shared/data/stsb)
+DATA := $(if $(BEIR),--beir $(BEIR)) $(if $(STS),--sts $(STS))
+
+.PHONY: install demo bench bench-full test test-long lint fix wheel clean
 
 install: .venv/installed
 
@@ -21,6 +27,17 @@ demo: install
 	@if $(BIN)/python -m export --model $(RERANKER) --variants int8 --out artifacts/demo-reranker --force; \
 	then $(BIN)/python docs/demo.py $(MODEL) artifacts/demo-reranker; \
 	else $(BIN)/python docs/demo.py $(MODEL); fi
+
+bench: install
+	@test -d $(MODEL) || $(BIN)/python -m export --model all-minilm-l6-v2
+	$(BENCH) all $(MODEL) $(DATA)
+	$(BENCH) report benchmarks/results/quick.jsonl
+
+bench-full: install
+	@test -d $(MODEL) || $(BIN)/python -m export --model all-minilm-l6-v2
+	$(BENCH) install
+	$(BENCH) all $(MODEL) $(DATA) --profile full
+	$(BENCH) report --readme README.md
 
 test: install
 	$(BIN)/python -m pytest -m 'not long'

@@ -1,0 +1,205 @@
+"""What the benchmarks read, keep and report: malformed data is named, nothing measured is lost, the README is true."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.compare import compare
+from benchmarks.data import read_beir, read_sts, sample_texts
+from benchmarks.errors import DataError
+from benchmarks.report import newest_results, readme_section, section, update_readme
+from benchmarks.results import Figure, Journal, Result, newest, read_results
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "full.jsonl"
+
+
+@pytest.fixture
+def beir(tmp_path):
+    """A function that writes a BEIR folder of two documents and a query, with changes."""
+
+    def write(**changes: str) -> Path:
+        files = {
+            "corpus.jsonl": '{"_id": "d1", "title": "A", "text": "river"}\n{"_id": "d2", "text": "stone"}\n',
+            "queries.jsonl": '{"_id": "q1", "text": "water"}\n{"_id": "q2", "text": "never judged"}\n',
+            "qrels/test.tsv": "query-id\tcorpus-id\tscore\nq1\td1\t1\n",
+        }
+        (tmp_path / "qrels").mkdir()
+        for name, text in files.items():
+            (tmp_path / name).write_text(changes.get(Path(name).stem, text))
+        return tmp_path
+
+    return write
+
+
+def result(median: float, low: float | None = None, high: float | None = None, **changes) -> Result:
+    figure = Figure(median, median if low is None else low, median if high is None else high, 3)
+    fields = {"benchmark": "bulk", "engine": "ours", "variant": "int8", "model": "tiny", "settings": {"threads": 1}}
+    return Result(**fields | {"figures": {"ratio": figure}} | changes)
+
+
+def test_a_beir_folder_is_read_as_beir_embeds_it(beir):
+    data = read_beir(beir())
+    assert data.corpus == {"d1": "A river", "d2": "stone"}
+    assert data.queries == {"q1": "water"}
+    assert data.qrels == {"q1": {"d1": 1}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"test": "query-id\tcorpus-id\tscore\nq1\td9\t1\n"}, "test.tsv:2: names document d9, which isn't there"),
+        ({"test": "query-id\tcorpus-id\tscore\nq9\td1\t1\n"}, "test.tsv:2: names query q9, which isn't there"),
+        ({"test": "query-id\tcorpus-id\tscore\nq1\td1\tgood\n"}, "test.tsv:2: is no row"),
+        ({"test": "a\tb\tc\nq1\td1\t1\n"}, "test.tsv:2: is no row"),
+        ({"test": "query-id\tcorpus-id\tscore\n"}, "holds no judgement"),
+        ({"corpus": '{"_id": "d1", "text": "x"}\n{"_id": 2, "text": "x"}\n'}, "corpus.jsonl:2: is no JSON object"),
+        ({"corpus": "[1]\n"}, "corpus.jsonl:1: is no JSON object"),
+        ({"queries": "nothing"}, "queries.jsonl:1: is no JSON object"),
+    ],
+)
+def test_a_malformed_beir_folder_is_named_by_file_and_line(beir, changes, says):
+    with pytest.raises(DataError, match=says):
+        read_beir(beir(**changes))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a,b,1\na,b\n", r"test.csv:2: is no row"),
+        (b"a,b,much\n", r"test.csv:1: is no row"),
+        (b"a,b,1\n", "holds 1 pairs"),
+        (b"", "holds 0 pairs"),
+        (b"\xff\xfe\n", "can't be read"),
+    ],
+)
+def test_malformed_pairs_are_named_by_file_and_line(tmp_path, content, says):
+    (tmp_path / "test.csv").write_bytes(content)
+    with pytest.raises(DataError, match=says):
+        read_sts(tmp_path)
+
+
+@pytest.mark.parametrize("read", [read_sts, read_beir])
+def test_what_is_not_there_is_named(tmp_path, read):
+    with pytest.raises(DataError, match=str(tmp_path)):
+        read(tmp_path / "nothing")
+
+
+def test_texts_are_the_same_each_time_and_as_long_as_asked():
+    assert sample_texts(5, (3, 9)) == sample_texts(5, (3, 9)) != sample_texts(5, (3, 9), seed=1)
+    assert {len(text.split()) for text in sample_texts(99, (3, 4), ["one two", "three"])} == {3, 4}
+
+
+def test_a_result_survives_its_line_and_a_crash_costs_no_other(tmp_path):
+    path = tmp_path / "results.jsonl"
+    journal = Journal(path, commit="abc")
+    journal.add(result(1.0))
+    with path.open("a") as stream:
+        stream.write('{"schema": 1, "bench')
+    assert len(read_results(path)) == 1
+    resumed = Journal(path, "last")
+    assert resumed.run == journal.run
+    assert result(7.0) in resumed  # measured already, whatever it gave
+    assert result(1.0, settings={"threads": 2}) not in resumed
+    resumed.add(result(2.0))
+    assert [held.figures["ratio"].median for held in read_results(path)] == [1.0, 2.0]
+    assert newest(read_results(path))[0].figures["ratio"] == Figure(1.5, 1.0, 2.0, 6)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"), [('{"schema": 2}', "is of schema 2, not 1"), ("{}", "is no result"), ("[]", "is no result")]
+)
+def test_a_line_that_is_no_result_is_named(tmp_path, line, says):
+    (tmp_path / "results.jsonl").write_text(f"{line}\n")
+    with pytest.raises(DataError, match=rf"results\.jsonl:1: {says}"):
+        read_results(tmp_path / "results.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("new", "verdict"),
+    [(result(2.0, 1.9, 2.1), 0), (result(2.5, 2.05, 3.0), 0), (result(3.0, 2.5, 3.5), 1), (result(1.0, 0.5, 1.5), -1)],
+)
+def test_only_what_lies_beyond_both_spreads_is_a_change(new, verdict):
+    (change,) = compare([result(2.0, 1.8, 2.2)], [new])
+    assert change.verdict == verdict
+
+
+def test_less_memory_is_better():
+    old, new = (result(0, figures={"peak MB": Figure(mb, mb, mb, 1)}) for mb in (100.0, 50.0))
+    assert [change.verdict for change in compare([old], [new])] == [1]
+
+
+@pytest.mark.parametrize(("new", "code"), [(1.0, 1), (2.0, 0), (3.0, 0)])
+def test_compare_fails_on_a_regression_alone(tmp_path, capsys, new, code):
+    for name, median in (("old", 2.0), ("new", new)):
+        Journal(tmp_path / name).add(result(median))
+    assert main(["compare", str(tmp_path / "old"), str(tmp_path / "new")]) == code
+    assert f"{code} worse" in capsys.readouterr().out
+
+
+def test_the_readmes_figures_are_those_of_the_results_file():
+    results = newest_results(RESULTS)
+    assert readme_section(ROOT / "README.md") == section(results, RESULTS.relative_to(ROOT).as_posix())
+
+
+def test_updating_a_readme_touches_nothing_but_its_section(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- benchmarks -->\nold\n<!-- /benchmarks -->\nafter\n")
+    assert update_readme(readme, "new\n")
+    assert readme.read_text() == "before\n<!-- benchmarks -->\nnew\n<!-- /benchmarks -->\nafter\n"
+    assert not update_readme(readme, "new\n")
+    readme.write_text("no markers")
+    with pytest.raises(DataError, match="lacks the lines"):
+        update_readme(readme, "new\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--engines", "nothing"], "--engines nothing: is none of ours:fp32, ours:int8"),
+        (["--engines", "ours:fp64"], "--engines ours:fp64: is none of"),
+        (["--engines", "ours", "--resume", "never"], "has no run never"),
+    ],
+)
+def test_what_cant_be_measured_is_one_line(tiny_artifact, tmp_path, capsys, arguments, says):
+    path = tmp_path / "results.jsonl"
+    Journal(path).add(result(1.0))
+    assert main(["quality", str(tiny_artifact), "--results", str(path), *arguments]) == 1
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_quality_is_measured_once_and_resumed(tiny_artifact, beir, tmp_path):
+    (tmp_path / "test.csv").write_text("a river,a stream,5\na stone,the water,1\na cat,a dog,3\n")
+    path = tmp_path / "results.jsonl"
+    arguments = ["quality", str(tiny_artifact), "--engines", "ours", "--sts", str(tmp_path), "--threads", "1"]
+    arguments += ["--beir", str(beir()), "--results", str(path)]
+    assert main(arguments) == 0
+    measured = read_results(path)
+    assert {(r.benchmark, r.variant) for r in measured} == {
+        (benchmark, variant) for benchmark in ("sts", "retrieval") for variant in ("fp32", "int8")
+    }
+    assert all(r.figures["R@100"].median == 1 for r in measured if r.benchmark == "retrieval")  # of two documents
+    path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines()[:3]))
+    assert main([*arguments, "--resume"]) == 0
+    assert [r.key for r in read_results(path)] == [r.key for r in measured]
+
+
+def test_without_what_it_needs_the_command_says_what_to_install():
+    code = "import sys; sys.modules['ir_measures'] = None; import benchmarks.__main__"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ir_measures isn't installed; run: pip install 'bge-onnx[")
+
+
+def test_results_in_the_repository_hold_no_path_of_a_machine():
+    for line in RESULTS.read_text("utf-8").splitlines():
+        assert json.loads(line)["schema"] == 1
+        assert "/work/" not in line and "/home/" not in line
