@@ -9,7 +9,17 @@ import numpy as np
 from onnx import TensorProto
 
 from export.graph import MICROSOFT, Graph, float_value, int_value
-from export.layers import Weights, activate, check_shape, checked, linear, norm, parameter, vocabulary_weights
+from export.layers import (
+    Activation,
+    Weights,
+    activate,
+    check_shape,
+    checked,
+    linear,
+    norm,
+    parameter,
+    vocabulary_weights,
+)
 from runtime.manifest import Output
 
 
@@ -26,7 +36,7 @@ class EncoderConfig:
     """Longest text, in tokens."""
     token_types: int
     """0 for a model that has none."""
-    activation: Literal["gelu", "gelu_new", "relu"]
+    activation: Activation
     norm_eps: float
     pad: int | None = None
     """RoBERTa's way to count: places start behind this padding id, which itself takes none. None counts from 0."""
