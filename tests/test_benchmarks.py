@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -187,6 +189,46 @@ def test_quality_is_measured_once_and_resumed(tiny_artifact, beir, tmp_path):
     path.write_text("".join(f"{line}\n" for line in path.read_text().splitlines()[:3]))
     assert main([*arguments, "--resume"]) == 0
     assert [r.key for r in read_results(path)] == [r.key for r in measured]
+
+
+def test_a_missing_engine_is_left_out_with_what_installs_it(
+    tiny_artifact, tiny_checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr("benchmarks.client.HOME", tmp_path / "nothing installed")
+    (tmp_path / "test.csv").write_text("a river,a stream,5\na stone,the water,1\na cat,a dog,3\n")
+    arguments = ["quality", str(tiny_artifact), "--checkpoint", str(tiny_checkpoint), "--sts", str(tmp_path)]
+    arguments += ["--engines", "flag_embedding:fp32,ours:fp32", "--results", str(tmp_path / "results.jsonl")]
+    assert main(arguments) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "left out: flag_embedding fp32: not installed (No module named 'FlagEmbedding')" in said
+    assert "run: python -m benchmarks install flag_embedding" in said
+    assert [r.engine for r in read_results(tmp_path / "results.jsonl")] == ["ours"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_what_it_measured_and_leaves_no_process(tiny_artifact, tmp_path, stop):
+    path = tmp_path / "results.jsonl"
+    command = [sys.executable, "-m", "benchmarks", "speed", str(tiny_artifact), "--engines", "ours"]
+    command += ["--threads", "1", "--results", str(path)]
+    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while (not path.exists() or path.read_bytes().count(b"\n") < 2) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        running.send_signal(stop)
+        _, said = running.communicate(timeout=30)
+    finally:
+        running.kill()
+    assert running.returncode == 130
+    assert "what was measured is kept" in said
+    assert len(kept := read_results(path)) >= 2
+    assert workers
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert main([*command[3:], "--resume"]) == 0
+    resumed = read_results(path)
+    assert resumed[: len(kept)] == kept
+    assert {held.run for held in resumed} == {kept[0].run}
 
 
 def test_without_what_it_needs_the_command_says_what_to_install():
