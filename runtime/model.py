@@ -1,17 +1,22 @@
 """What an embedder and a reranker share: an artifact opened on a device, and the one way to run its graph."""
 
+import functools
+import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.batching import plan_batches
+from runtime.batching import plan_threads
 from runtime.checks import NO_LIMITS, Limits, check_count
 from runtime.errors import ArtifactError, InputError
 from runtime.manifest import TOKENIZER, Kind, Manifest, check_file, load_manifest
@@ -22,12 +27,35 @@ from runtime.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS_PER_RUN = 2048
-"""Bounds memory: one run never holds more tokens, unless a single text does. More are no faster on a CPU."""
+"""Bounds memory: one run never holds more tokens, unless a single text does. More are no faster on a CPU.
+
+A call with more tokens in all is bulk work."""
 
 PREFERENCE = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32")}
 """What ``variant="auto"`` takes, first to last. Every variant has proven its parity at export."""
 
 MAX_THREADS = 1024
+
+Given = TypeVar("Given")
+Done = TypeVar("Done")
+Run = tuple[NDArray[np.intp], NDArray[np.int64], list[Any]]
+
+
+@dataclass
+class _Opened:
+    """A model's sessions in one process.
+
+    Attributes:
+        process: Its number.
+        session: Gives each run all threads.
+        bulk: Gives each run one thread; None until there is bulk work, and where it can't be had.
+        tried: Whether opening ``bulk`` was tried.
+    """
+
+    process: int
+    session: Session
+    bulk: Session | None = None
+    tried: bool = False
 
 
 class Model:
@@ -84,8 +112,9 @@ class Model:
             self._device = "cpu"
         self.variant = _choose_variant(self._folder, self.manifest, variant, self._device)
         self.max_length = self.manifest.max_length
-        self._tokenizer = Tokenizer(self._file(TOKENIZER), self.max_length, hook)
-        self._opened: tuple[int, Session] | None = os.getpid(), self._open()
+        tokenizer = check_file(self._folder, self.manifest, TOKENIZER, digest=verify)
+        self._tokenizer = Tokenizer(tokenizer, self.max_length, hook)
+        self._opened: _Opened | None = _Opened(os.getpid(), self._open(self._threads, self._verify))
 
     def close(self) -> None:
         """Free the memory; calls that are running end well, later ones raise ``InputError``."""
@@ -101,14 +130,12 @@ class Model:
         """Close it."""
         self.close()
 
-    def _file(self, name: str) -> Path:
-        return check_file(self._folder, self.manifest, name, digest=self._verify)
-
-    def _open(self) -> Session:
+    def _open(self, threads: int, verify: bool) -> Session:
         loaded = self.manifest.variants[self.variant]
         if loaded.data:
-            self._file(loaded.data)
-        session = create_session(self._file(loaded.file), self._device, self._threads)
+            check_file(self._folder, self.manifest, loaded.data, digest=verify)
+        graph = check_file(self._folder, self.manifest, loaded.file, digest=verify)
+        session = create_session(graph, self._device, threads)
         for output in session.get_outputs():
             width = output.shape[-1]
             if output.name == "last_hidden_state" and isinstance(width, int) and width != self.manifest.dim:
@@ -118,16 +145,30 @@ class Model:
                 )
         return session
 
-    def _session(self) -> Session:
+    def _opened_here(self) -> _Opened:
         opened = self._opened  # another thread may close meanwhile
         if opened is None:
             raise InputError(f"the {self.KIND} {self.manifest.name} is closed; open it again")
-        process, session = opened
-        if process != os.getpid():
+        if opened.process != os.getpid():
             logger.info("%s: opened again in a forked process", self._folder)
-            session = self._open()
-            self._opened = os.getpid(), session
-        return session
+            self._opened = opened = _Opened(os.getpid(), self._open(self._threads, self._verify))
+        return opened
+
+    def _bulk_session(self, opened: _Opened, tokens: int) -> Session | None:
+        """The session with one thread a run, once a call had more tokens than a run has.
+
+        Only int8 gets one: with two sessions it still has less than the memory of fp32 with one. It is of the very file
+        that was loaded, or there is none: a folder that has changed since changes nothing.
+        """
+        if self.variant != "int8" or self._device != "cpu" or self._threads == 1:
+            return None
+        if tokens > MAX_TOKENS_PER_RUN and not opened.tried:
+            opened.tried = True  # at once, so that other threads don't open it too; they go on without it meanwhile
+            try:
+                opened.bulk = self._open(1, verify=True)
+            except ArtifactError as error:
+                logger.warning("bulk work is slower, as the artifact is no longer what was loaded: %s", error)
+        return opened.bulk
 
     def _run(
         self,
@@ -135,7 +176,7 @@ class Model:
         ids: Sequence[list[int]],
         types: Sequence[list[int]] | None = None,
         tokens: int = MAX_TOKENS_PER_RUN,
-    ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64], list[Any]]]:
+    ) -> Iterator[Run]:
         """Run texts, those of equal length together.
 
         Args:
@@ -147,18 +188,39 @@ class Model:
         Yields:
             Of each run the places of its texts in ``ids``, their ids, int64 ``(n, tokens)``, and the outputs.
         """
-        session = self._session()
-        for places in plan_batches([len(row) for row in ids], tokens):
+        opened = self._opened_here()
+        lengths = [len(row) for row in ids]
+        bulk = self._bulk_session(opened, sum(lengths))
+        wide, narrow = plan_threads(lengths, tokens, self._threads if bulk else 1)
+
+        def run(session: Session, places: NDArray[np.intp]) -> tuple[Run, float]:
             rows = np.array([ids[i] for i in places], np.int64)
+            row_types = None if types is None else np.array([types[i] for i in places], np.int64)
+            start = time.perf_counter()
+            found = run_session(session, outputs, rows, row_types) if rows.size else []
+            return (places, rows, found), time.perf_counter() - start
+
+        first = map(functools.partial(run, opened.session), wide)
+        then = _side_by_side(functools.partial(run, bulk), narrow, self._threads) if bulk else ()
+        for (places, rows, found), seconds in itertools.chain(first, then):
             if rows.size:
-                row_types = None if types is None else np.array([types[i] for i in places], np.int64)
-                start = time.perf_counter()
-                found = run_session(session, outputs, rows, row_types)
-                self._hook("run_seconds", time.perf_counter() - start)
+                self._hook("run_seconds", seconds)
                 self._hook("batches", 1)
                 self._hook("texts", len(rows))
                 self._hook("tokens", rows.size)
                 yield places, rows, found
+
+
+def _side_by_side(work: Callable[[Given], Done], items: Sequence[Given], threads: int) -> Iterator[Done]:
+    """Of each item what the work makes of it, in order, with no more than two items a thread begun and not yielded."""
+    with ThreadPoolExecutor(threads) as pool:
+        begun: deque[Future[Done]] = deque()
+        for item in items:
+            begun.append(pool.submit(work, item))
+            if len(begun) == 2 * threads:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
 
 
 def _fitting(manifest: Manifest, device: str) -> list[str]:

@@ -45,7 +45,7 @@ def counts():
 
 @pytest.fixture
 def embedder(tiny_artifact, counts):
-    return Embedder(tiny_artifact, device="cpu", hook=counts)
+    return Embedder(tiny_artifact, device="cpu", threads=1, hook=counts)
 
 
 def numbers(texts, tokens, batches, truncated=0):

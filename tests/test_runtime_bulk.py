@@ -1,0 +1,180 @@
+"""Bulk work on int8 runs side by side, a thread each, on a session of its own: as exact, as bounded and as robust."""
+
+import concurrent.futures
+import random
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime import Embedder, InputError, Reranker, RunError
+from runtime.batching import plan_batches, plan_threads
+from runtime.model import MAX_TOKENS_PER_RUN, _side_by_side
+
+WORDS = ["river", "stone", "light", "apple", "horse", "tower", "green", "table", "music", "bread"]
+TEXTS = [" ".join(random.Random(i).choices(WORDS, k=i % 61)) for i in range(200)]
+"""Some 6,000 words, so that they are bulk work, with long and short ones, one of them empty."""
+
+lengths = st.lists(st.integers(0, 60), max_size=80)
+
+
+def places(batches):
+    return [int(i) for batch in batches for i in batch]
+
+
+@given(lengths, st.integers(4, 200), st.integers(1, 9))
+@settings(deadline=None)
+def test_the_runs_on_all_threads_and_those_on_one_partition_the_texts(lengths, bound, threads):
+    wide, narrow = plan_threads(lengths, bound, threads)
+    assert sorted(places(wide) + places(narrow)) == list(range(len(lengths)))
+    for batch in wide + narrow:
+        assert len({lengths[i] for i in batch}) == 1
+
+
+@given(lengths, st.integers(4, 200), st.integers(1, 9))
+@settings(deadline=None)
+def test_runs_side_by_side_share_the_bound_and_leave_no_thread_without_one(lengths, bound, threads):
+    wide, narrow = plan_threads(lengths, bound, threads)
+    assert not narrow or len(narrow) >= threads > 1
+    assert all(sum(lengths[i] for i in batch) <= max(bound // threads, bound // 4) for batch in narrow)
+    assert all(batch.size == 1 or sum(lengths[i] for i in batch) <= bound for batch in wide)
+    if narrow:
+        assert all(lengths[i] > max(bound // threads, bound // 4) for i in places(wide))
+
+
+def test_texts_of_one_length_are_cut_up_for_all_threads():
+    wide, narrow = plan_threads([10] * 12, 2048, 4)
+    assert (wide, [len(batch) for batch in narrow]) == ([], [3, 3, 3, 3])
+
+
+def test_one_thread_and_too_few_texts_leave_it_as_it_was():
+    for given_lengths, threads in (([30] * 9, 1), ([30, 7], 4), ([], 4), ([5000, 3000], 2)):
+        wide, narrow = plan_threads(given_lengths, 2048, threads)
+        assert narrow == []
+        assert places(wide) == places(plan_batches(given_lengths, 2048))
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("model", ["tiny_artifact", "minilm"])
+def test_a_texts_vector_has_the_same_bits_in_bulk_and_alone(request, model, threads):
+    embedder = Embedder(request.getfixturevalue(model), "int8", "cpu", threads)
+    alone = np.array([embedder.encode(text) for text in TEXTS])
+    assert embedder._opened.bulk is None
+    np.testing.assert_array_equal(embedder.encode(TEXTS), alone)
+    assert embedder._opened.bulk is not None
+    mixed = random.Random(0).sample(range(len(TEXTS)), k=120)
+    np.testing.assert_array_equal(embedder.encode([TEXTS[i] for i in mixed]), alone[mixed])
+
+
+def test_a_pairs_score_has_the_same_bits_in_bulk_and_alone(tiny_reranker):
+    reranker = Reranker(tiny_reranker("bert")[0], "int8", "cpu", 2)
+    pairs = [("a river", text) for text in TEXTS]
+    alone = [reranker.compute_score(pair) for pair in pairs]
+    assert reranker.compute_score(pairs) == alone
+    assert reranker._opened.bulk is not None
+
+
+def test_only_int8_and_several_threads_take_a_second_session_and_only_for_bulk_work(tiny_artifact):
+    for variant, threads, texts in (("fp32", 2, TEXTS), ("int8", 1, TEXTS), ("int8", 2, TEXTS[:20])):
+        embedder = Embedder(tiny_artifact, variant, "cpu", threads)
+        embedder.encode(texts)
+        assert embedder._opened.bulk is None
+
+
+def spoil(folder):
+    graph = folder / "model.int8.onnx"
+    whole = bytearray(graph.read_bytes())
+    middle = len(whole) // 2
+    whole[middle : middle + 2000] = bytes(2000)
+    graph.write_bytes(whole)
+
+
+@pytest.mark.parametrize("happens", [shutil.rmtree, spoil])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_folder_that_changed_since_is_not_opened_for_bulk_work(tiny_artifact, copied, caplog, happens, verify):
+    folder = copied(tiny_artifact)
+    expected = Embedder(folder, "int8", "cpu", 2).encode(TEXTS)
+    embedder = Embedder(folder, "int8", "cpu", 2, verify=verify)
+    happens(folder)
+    for _ in range(2):
+        np.testing.assert_array_equal(embedder.encode(TEXTS), expected)
+    assert sum("no longer what was loaded" in record.message for record in caplog.records) == 1
+
+
+def test_threads_that_start_bulk_work_at_once_get_the_same_bits(tiny_artifact):
+    embedder = Embedder(tiny_artifact, "int8", "cpu", 2)
+    expected = Embedder(tiny_artifact, "int8", "cpu", 1).encode(TEXTS)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: embedder.encode(TEXTS), range(16)):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_a_run_that_fails_is_the_calls_error_and_ends_its_threads(tiny_artifact):
+    """A hook is called between runs; whatever it does, no thread is left, and the next call is right."""
+
+    class Wanted(Exception):
+        pass
+
+    def fail(metric, value):
+        if armed:
+            raise Wanted
+
+    armed = False
+    embedder = Embedder(tiny_artifact, "int8", "cpu", 2, hook=fail)
+    expected = embedder.encode(TEXTS)
+    before = set(threading.enumerate())
+    for armed in (True, False, True):
+        if armed:
+            with pytest.raises(Wanted):
+                embedder.encode(TEXTS)
+        else:
+            np.testing.assert_array_equal(embedder.encode(TEXTS), expected)
+    assert not {thread for thread in threading.enumerate() if thread.is_alive()} - before
+
+
+def test_items_run_side_by_side_in_order_and_few_ahead_of_what_is_taken():
+    together, begun = threading.Barrier(3), []
+
+    def work(item):
+        begun.append(item)
+        if item < 3:
+            together.wait(30)  # or they would not run at once
+        return item * item
+
+    results = _side_by_side(work, range(20), 3)
+    for taken, result in enumerate(results, 1):
+        assert result == (taken - 1) ** 2
+        assert len(begun) <= taken + 6
+    assert sorted(begun) == list(range(20))
+
+
+def test_after_an_error_what_has_not_begun_never_does():
+    begun = []
+
+    def work(item):
+        begun.append(item)
+        if item == 2:
+            raise RunError("no memory")
+        return item
+
+    with pytest.raises(RunError):
+        list(_side_by_side(work, range(100), 2))
+    assert len(begun) <= 8
+
+
+def test_a_closed_embedder_ends_its_bulk_work_well(tiny_artifact):
+    embedder = Embedder(tiny_artifact, "int8", "cpu", 2)
+    expected = embedder.encode(TEXTS)
+    vectors = embedder.encode_iter(TEXTS, chunk_size=150)
+    first = next(vectors)
+    embedder.close()
+    np.testing.assert_array_equal(first, expected[0])
+    with pytest.raises(InputError, match="is closed"):
+        embedder.encode(TEXTS)
+
+
+def test_the_texts_here_are_bulk_work():
+    assert sum(len(text.split()) for text in TEXTS) > MAX_TOKENS_PER_RUN
