@@ -11,6 +11,8 @@ BENCH := $(BIN)/python -m benchmarks
 # Data to measure quality on: that next to this checkout, if it is there, or BEIR=<folder> STS=<folder or CSV>.
 BEIR ?= $(wildcard ../shared/data/cranfield)
 STS ?= $(wildcard ../shared/data/stsb)
+# Those that need no environment of their own, one of a kind; without --engines, all that are there.
+ENGINES ?= ours,sentence_transformers:fp32,optimum:int8
 DATA := $(if $(BEIR),--beir $(BEIR)) $(if $(STS),--sts $(STS))
 
 .PHONY: install demo bench bench-full test test-long lint fix wheel clean
@@ -30,7 +32,7 @@ demo: install
 
 bench: install
 	@test -d $(MODEL) || $(BIN)/python -m export --model all-minilm-l6-v2
-	$(BENCH) all $(MODEL) $(DATA)
+	$(BENCH) all $(MODEL) $(DATA) --engines $(ENGINES)
 	$(BENCH) report benchmarks/results/quick.jsonl
 
 bench-full: install

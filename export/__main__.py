@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="branch, tag or commit of the hub")
     parser.add_argument("--pooling", choices=POOLINGS, help="for a checkpoint that doesn't say how it pools")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="texts for int8, one a line")
+    parser.add_argument(
+        "--min-cosine", type=float, metavar="X", help="of any int8 vector to the original; spends fp32 linears on it"
+    )
     parser.add_argument("--allow-pickle", action="store_true", help="accept pytorch_model.bin (read with weights_only)")
     parser.add_argument("--force", action="store_true", help="replace an existing artifact, atomically")
     return parser
@@ -95,6 +98,7 @@ def _export(options: argparse.Namespace) -> None:
             revision=options.revision,
             pooling=options.pooling,
             calibration=options.calibration,
+            min_cosine=options.min_cosine,
             allow_pickle=options.allow_pickle,
             force=options.force,
             progress=lambda step, share: bar.update(task, description=step, completed=share),

@@ -1,6 +1,6 @@
 """What people read of an artifact: its figures, how to use it, and its ``README.md``."""
 
-from runtime.manifest import Manifest, Parity
+from runtime.manifest import Manifest, Parity, Variant
 
 _USES = {
     "embedder": 'from runtime import Embedder\ne = Embedder("{path}")\n{call}',
@@ -41,6 +41,12 @@ def summary(manifest: Manifest) -> str:
     return f"{what}, {manifest.max_length} tokens{pooling}{', L2-normalised' if manifest.normalize else ''}"
 
 
+def quantization(variant: Variant) -> str:
+    """How a variant is quantised, with how many linears aren't."""
+    kept = f"; {len(variant.fp32_linears)} linears in fp32" if variant.fp32_linears else ""
+    return f"{variant.quantization or 'none'}{kept}"
+
+
 def model_card(manifest: Manifest) -> str:
     """A model card in Markdown: what the model is, how to use it, and how true its variants are."""
     source = manifest.source
@@ -48,7 +54,7 @@ def model_card(manifest: Manifest) -> str:
     names = next(iter(parities.values()))
     rows = "\n".join(
         f"| {name} | {manifest.files[variant.data or variant.file].size / 1e6:.1f} MB | "
-        f"{' | '.join(parities[name].values())} | {variant.quantization or 'none'} |"
+        f"{' | '.join(parities[name].values())} | {quantization(variant)} |"
         for name, variant in manifest.variants.items()
     )
     prompts = "".join(f"- {kind} prompt: `{text}`\n" for kind, text in manifest.prompts.items())

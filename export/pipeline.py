@@ -20,7 +20,8 @@ from export.catalog import read_json
 from export.errors import ExportError, first_line
 from export.families import find_family, weight_finder
 from export.graph import Graph
-from export.quantize import find_linears, quantize_static
+from export.precision import Cosines, cosines_of, spend_precision
+from export.quantize import Quantized, find_linears, quantize_graph, quantize_linears
 from export.source import Checkpoint, resolve_source
 from export.trace import trace
 from export.verify import reference_answers, special_ids, verification_texts, verify_variant
@@ -33,6 +34,7 @@ from runtime.manifest import (
     Variant,
     describe_file,
 )
+from runtime.pooling import Floats
 from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ def export_model(
     revision: str | None = None,
     pooling: Pooling | None = None,
     calibration: Path | None = None,
+    min_cosine: float | None = None,
     allow_pickle: bool = False,
     force: bool = False,
     progress: Progress = lambda step, share: None,
@@ -77,6 +80,8 @@ def export_model(
         revision: A branch, tag or commit of the hub.
         pooling: How an embedder pools, where its checkpoint doesn't say or is wrong.
         calibration: A file with one text a line, for int8; the project's own set by default.
+        min_cosine: The cosine to the original that the int8 vector of each verification text must reach; as few linears
+            as that takes stay in fp32.
         allow_pickle: Accept a checkpoint that has only ``pytorch_model.bin``.
         force: Replace an existing folder, atomically.
         progress: Called as the work goes on.
@@ -94,8 +99,12 @@ def export_model(
         raise ExportError(
             f"{calibration}: calibrates int8, which isn't asked for; leave out --calibration, or add int8 to --variants"
         )
+    if min_cosine is not None and not ("int8" in variants and 0 < min_cosine < 1):
+        raise ExportError(f"a least cosine of {min_cosine} makes no sense; it is for int8, above 0 and below 1")
     progress("finding the checkpoint", 0.0)
     checkpoint = resolve_source(model, revision=revision, pooling=pooling, allow_pickle=allow_pickle)
+    if min_cosine is not None and "last_hidden_state" not in checkpoint.spec.outputs:
+        raise ExportError(f"{checkpoint.id}: gives no dense vectors that a least cosine could hold for")
     out = (out or Path("artifacts") / checkpoint.spec.name).absolute()
     texts = calibration_texts(calibration) if "int8" in variants else []
     with staging_folder(out, force) as stage:
@@ -103,18 +112,24 @@ def export_model(
         tokenizer = write_tokenizer(checkpoint, stage / TOKENIZER)
         progress("building the graph", 0.06)
         graph = build_graph(checkpoint)
-        described = {}
-        for variant in variants:
-            variant_graph = graph
-            if variant == "int8":
-                progress("calibrating int8", 0.15)
-                rounding = lambda share: progress("rounding int8", 0.3 + share * 0.3)  # noqa: E731
-                variant_graph = quantize(graph, checkpoint, stage, texts, rounding)
-            described[variant] = write_variant(variant, variant_graph, stage, len(texts))
-        progress("asking transformers", 0.6)
-        manifest = write_manifest(checkpoint, stage, described, special_ids(tokenizer))
+        progress("asking transformers", 0.15)
         questions = verification_texts()
         reference = reference_answers(checkpoint, questions)
+        described = {}
+        if "fp32" in variants:
+            described["fp32"] = write_variant("fp32", graph, stage)
+        if "int8" in variants:
+            progress("calibrating int8", 0.4)
+            rounding = lambda share: progress("rounding int8", 0.5 + share * 0.2)  # noqa: E731
+            quantized = quantize(graph, checkpoint, stage, texts, rounding)
+            if min_cosine is not None:
+                choosing = lambda share: progress("choosing what stays in fp32", 0.7 + share * 0.1)  # noqa: E731
+                measure = cosines_to(reference.dense, checkpoint, stage, questions)
+                quantized = spend_precision(graph, quantized, measure, len(questions), min_cosine, choosing)
+            int8 = write_variant("int8", quantize_graph(graph, quantized), stage, len(texts))
+            kept = tuple(linear.output for linear in find_linears(graph) if linear.input not in quantized)
+            described["int8"] = dataclasses.replace(int8, fp32_linears=kept)
+        manifest = write_manifest(checkpoint, stage, described, special_ids(tokenizer))
         parities = {}
         for i, variant in enumerate(variants):
             progress(f"verifying {variant}", 0.85 + 0.1 * i / len(variants))
@@ -146,8 +161,8 @@ def build_graph(checkpoint: Checkpoint) -> Graph:
 
 def quantize(
     graph: Graph, checkpoint: Checkpoint, stage: Path, texts: Sequence[str], progress: Callable[[float], None]
-) -> Graph:
-    """The int8 graph, calibrated on texts."""
+) -> dict[str, Quantized]:
+    """The linears as int8, calibrated on texts."""
     max_length = min(CALIBRATION_TOKENS, checkpoint.spec.max_length or CALIBRATION_TOKENS)
     tokenizer = Tokenizer(stage / TOKENIZER, max_length)
     if checkpoint.spec.kind == "reranker":
@@ -155,7 +170,15 @@ def quantize(
     else:
         encoded = [(ids, [0] * len(ids)) for ids in tokenizer.encode(texts)]
     inputs = dict.fromkeys(linear.input for linear in find_linears(graph))
-    return quantize_static(graph, collect(graph, list(inputs), encoded), progress)
+    return quantize_linears(graph, collect(graph, list(inputs), encoded), progress)
+
+
+def cosines_to(reference: Sequence[Floats], checkpoint: Checkpoint, stage: Path, texts: Sequence[str]) -> Cosines:
+    """What measures how close the vectors of texts that a graph gives are to the original's."""
+    assert checkpoint.spec.max_length
+    assert checkpoint.spec.pooling
+    ids = Tokenizer(stage / TOKENIZER, checkpoint.spec.max_length).encode(texts)
+    return cosines_of(ids, checkpoint.spec.pooling, reference)
 
 
 def write_tokenizer(checkpoint: Checkpoint, path: Path) -> "transformers.PreTrainedTokenizerFast":
@@ -194,7 +217,7 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> "transformers.PreTrai
     return tokenizer
 
 
-def write_variant(name: str, graph: Graph, stage: Path, calibration: int) -> Variant:
+def write_variant(name: str, graph: Graph, stage: Path, calibration: int = 0) -> Variant:
     """Save a graph and describe it; its parity is still unknown."""
     data = graph.save(stage / f"model.{name}.onnx")
     int8 = name == "int8"

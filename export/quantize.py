@@ -38,7 +38,7 @@ MIN_ROWS = 1024
 """A table with fewer rows (positions, token types) isn't worth quantising."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Linear:
     """A linear with constant weights: a ``Gemm``, or a ``MatMul`` with or without an ``Add`` behind it."""
 
@@ -79,6 +79,15 @@ class Scheme:
         return ((levels - self.zero_point) * self.scale).astype(np.float32)
 
 
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """The linears that share an input, quantised."""
+
+    scheme: Scheme
+    linears: dict[Linear, tuple[np.ndarray, np.ndarray, np.ndarray]]
+    """What ``round_linears`` made of each."""
+
+
 def find_linears(graph: Graph) -> list[Linear]:
     """All linears whose weights are constant matrices, but for score heads: they cost nothing and decide everything."""
     consumers = graph.consumers()
@@ -107,33 +116,40 @@ def _bias(graph: Graph, node: onnx.NodeProto, value: str) -> str | None:
     return other if other in graph.weights and graph.weights[other]().ndim == 1 else None
 
 
-def quantize_static(
+def quantize_linears(
     graph: Graph, samples: Mapping[str, Sample], progress: Callable[[float], None] = lambda share: None
-) -> Graph:
-    """A graph of the same inputs and outputs with int8 linears and word embeddings.
+) -> dict[str, Quantized]:
+    """Of each value in ``samples``, how it and the linears that read it are quantised.
 
     Args:
         graph: fp32.
         samples: What ``collect`` kept of each linear's input.
         progress: Told the share that is done.
     """
-    linears = find_linears(graph)
-    groups = {value: [lin for lin in linears if lin.input == value] for value in samples}
+    linears, quantized = find_linears(graph), {}
+    for done, (value, sample) in enumerate(samples.items(), 1):
+        group = [linear for linear in linears if linear.input == value]
+        matrices = [linear.matrix(graph) for linear in group]
+        together = np.concatenate(matrices, axis=1)
+        scheme = choose_scheme(sample, together)
+        columns = np.cumsum([matrix.shape[1] for matrix in matrices])[:-1]
+        parts = [np.split(part, columns, axis=-1) for part in round_linears(sample, together, scheme)]
+        quantized[value] = Quantized(scheme, dict(zip(group, zip(*parts, strict=True), strict=True)))
+        progress(done / len(samples))
+    return quantized
+
+
+def quantize_graph(graph: Graph, quantized: Mapping[str, Quantized]) -> Graph:
+    """A graph of the same inputs and outputs with int8 word embeddings and linears; those not given stay fp32."""
     result = Graph(graph.inputs, graph.outputs, [], dict(graph.weights), {**graph.opsets, MICROSOFT: 1})
     replaced: dict[int, list[onnx.NodeProto]] = {}
-    for done, (value, group) in enumerate(groups.items()):
-        matrix = np.concatenate([linear.matrix(graph) for linear in group], axis=1)
-        scheme = choose_scheme(samples[value], matrix)
-        rounded = round_linears(samples[value], matrix, scheme)
-        nodes, quantized = _input_nodes(result, value, scheme)
-        start = 0
-        for linear in group:
-            columns = slice(start, start := start + linear.matrix(graph).shape[1])
-            nodes.append(_linear_node(result, graph, linear, quantized, *(part[..., columns] for part in rounded)))
+    for value, given in quantized.items():
+        nodes, source = _input_nodes(result, value, given.scheme)
+        for linear, rounded in given.linears.items():
+            nodes.append(_linear_node(result, graph, linear, source, *rounded))
             replaced |= {id(node): [] for node in linear.nodes}
             replaced[id(linear.nodes[0])] = nodes
             nodes = []
-        progress((done + 1) / len(groups))
     for node in graph.nodes:
         result.nodes += replaced.get(id(node), None) or ([] if id(node) in replaced else _embedding_nodes(result, node))
     used = {value for node in result.nodes for value in node.input}

@@ -193,9 +193,9 @@ def runtime_answers(artifact: Path, variant: str, texts: list[str]) -> Answers:
 
 def compare(reference: Answers, answers: Answers) -> Parity:
     """How close answers come to the reference."""
-    dense = _cosines(answers.dense, reference.dense)
+    dense = cosines(answers.dense, reference.dense)
     pairs = zip(answers.colbert, reference.colbert, strict=True)
-    colbert = np.concatenate([np.empty(0), *(_cosines(a, b) for a, b in pairs)])
+    colbert = np.concatenate([np.empty(0), *(cosines(a, b) for a, b in pairs)])
     lexical = list(zip(answers.lexical, reference.lexical, strict=True))
     differences = [abs(a.get(token, 0) - b.get(token, 0)) for a, b in lexical for token in a.keys() | b.keys()]
     scores, expected = np.array(answers.scores), np.array(reference.scores)
@@ -255,10 +255,10 @@ def _sparse_cosine(a: LexicalWeights, b: LexicalWeights) -> float:
     return float(compute_lexical_matching_score(a, b)) / max(math.prod(lengths), 1e-12)
 
 
-def _cosines(a: Sequence[Floats] | Floats, b: Sequence[Floats] | Floats) -> np.ndarray:
+def cosines(a: Sequence[Floats] | Floats, b: Sequence[Floats] | Floats) -> np.ndarray:
     """float64 ``(n,)`` of two times ``n`` vectors."""
     a64, b64 = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if not a64.size:
         return np.empty(0)
-    cosines: np.ndarray = (a64 * b64).sum(-1) / (np.linalg.norm(a64, axis=-1) * np.linalg.norm(b64, axis=-1))
-    return cosines
+    found: np.ndarray = (a64 * b64).sum(-1) / (np.linalg.norm(a64, axis=-1) * np.linalg.norm(b64, axis=-1))
+    return found

@@ -67,6 +67,8 @@ class Variant:
     cpu_safety: str
     """Which CPUs give the promised numbers (u8×s8 products saturate on x86 without VNNI unless weights have 7 bits)."""
     quantization: str | None
+    fp32_linears: tuple[str, ...] = ()
+    """Outputs of the linears that int8 leaves in fp32."""
     parity: Parity | None
     """None only while an export is still verifying."""
 

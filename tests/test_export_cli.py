@@ -242,7 +242,17 @@ def test_help_names_each_option(capsys):
     assert exit_.value.code == 0
     options = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     assert options == {
-        *("--help", "--model", "--list", "--out", "--variants", "--revision", "--pooling", "--calibration"),
+        *(
+            "--help",
+            "--model",
+            "--list",
+            "--out",
+            "--variants",
+            "--revision",
+            "--pooling",
+            "--calibration",
+            "--min-cosine",
+        ),
         *("--allow-pickle", "--force"),
     }
 

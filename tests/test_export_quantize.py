@@ -12,7 +12,7 @@ from export.encoder import EncoderConfig, build_encoder
 from export.errors import ExportError
 from export.graph import MICROSOFT, Graph, float_value, load_graph
 from export.pipeline import export_model
-from export.quantize import Scheme, choose_scheme, find_linears, quantize_static, round_weights
+from export.quantize import Scheme, choose_scheme, find_linears, quantize_graph, quantize_linears, round_weights
 
 LIMIT = 63
 LAYERS, HIDDEN, WORDS = 2, 32, 1200
@@ -133,7 +133,7 @@ def quantized(graph: Graph, folder, rows: np.ndarray) -> tuple[Graph, float]:
         probe = Graph(graph.inputs, [float_value(value, "rows", 16)], graph.nodes, graph.weights, graph.opsets)
         held = rows if value == "x" else run(probe, folder, x=rows)
         samples[value] = Sample(np.abs(held).max(axis=0), held)
-    int8 = quantize_static(graph, samples)
+    int8 = quantize_graph(graph, quantize_linears(graph, samples))
     expected = run(graph, folder, x=rows)
     return int8, float(np.linalg.norm(run(int8, folder, x=rows) - expected) / np.linalg.norm(expected))
 
@@ -262,7 +262,7 @@ def typed(ids: list[list[int]]) -> list[tuple[list[int], list[int]]]:
 def int8(encoder) -> Graph:
     """The same in int8."""
     inputs = dict.fromkeys(linear.input for linear in find_linears(encoder))
-    return quantize_static(encoder, collect(encoder, list(inputs), typed(texts(0))))
+    return quantize_graph(encoder, quantize_linears(encoder, collect(encoder, list(inputs), typed(texts(0)))))
 
 
 def test_no_float_linear_is_left_and_no_float_weight_either(encoder, int8):
