@@ -23,7 +23,7 @@ try:
     from benchmarks.results import Journal, Result
     from benchmarks.retriever import measure_retriever
     from benchmarks.speed import PROFILES, Bench, measure_speed
-    from benchmarks.subject import open_subject, plan_jobs
+    from benchmarks.subject import BASELINE, open_subject, plan_jobs
     from runtime import Embedder, Reranker
     from runtime.errors import BgeOnnxError
     from runtime.manifest import load_manifest
@@ -31,6 +31,7 @@ try:
 except ImportError as missing:
     sys.exit(f"error: {missing.name} isn't installed; run: pip install 'bge-onnx[cpu,retrieve,export,bench]'")
 
+INT8_ENGINES = "ours,sentence_transformers:fp32,optimum,openvino:int8"
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "all": (_all, "everything below that is measured"),
         "speed": (_speed, "throughput, latency, cold start and memory"),
         "quality": (_quality, "STS, retrieval, and retrieval in two stages"),
+        "int8": (_int8, "our int8 beside the others', in one table"),
         "retriever": (_retriever, "indexing and searching with our Retriever"),
     }
     for name, (action, text) in measured.items():
@@ -71,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
             mode.add_argument("--engines", metavar="NAMES", help="such as ours,optimum:int8 (default: all)")
             mode.add_argument("--reranker-engines", metavar="NAMES", default="ours:int8", help="default: ours:int8")
             mode.add_argument("--beir", type=Path, metavar="DIR", help="corpus.jsonl, queries.jsonl, qrels/test.tsv")
-        if name in ("all", "quality"):
+        if name in ("all", "quality", "int8"):
             mode.add_argument(
                 "--sts", type=Path, metavar="PATH", help="CSV of two sentences and a score, or its folder"
             )
@@ -118,6 +120,26 @@ def _retriever(options: argparse.Namespace) -> None:
     if not options.reranker:
         raise DataError("retriever: has no second stage to measure; pass --reranker ARTIFACT")
     _measure_retriever(options, _journal(options))
+
+
+def _int8(options: argparse.Namespace) -> None:
+    options.profile, options.engines = "int8", options.engines or INT8_ENGINES
+    journal = _journal(options)
+    _measure_speed(options, journal)
+    _measure_quality(options, journal)
+    subject = open_subject(options.artifact, options.checkpoint)
+    jobs = plan_jobs(subject, options.engines, threads=options.threads, device=options.device)
+    jobs = [job for job in jobs if "int8" in job.variant or (job.engine, job.variant) == BASELINE]
+    texts = {}
+    if options.sts:
+        pairs = read_sts(options.sts)
+        texts[pairs.name] = [*pairs.left, *pairs.right]
+    if options.beir:
+        data = read_beir(options.beir)
+        texts[data.name] = [*data.queries.values(), *data.corpus.values()]
+    for name, held in texts.items():
+        _attempt(quality.measure_cosines, jobs, subject.manifest.name, name, held, journal)
+    print(report.int8_table(report.newest_results(journal.path), subject.manifest.name))
 
 
 def _measure_speed(options: argparse.Namespace, journal: Journal) -> None:

@@ -2,13 +2,14 @@
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ir_measures
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from benchmarks.client import Worker, prepared
+from benchmarks.client import Worker, name_of, prepared
 from benchmarks.data import Beir, Pairs
 from benchmarks.results import Figure, Journal, Result
 from benchmarks.worker import Job
@@ -72,6 +73,37 @@ def measure_retrieval(job: Job, name: str, data: Beir, prompts: dict[str, str], 
         return []
     with Worker(prepared(job)) as worker:
         return [_add(journal, result, worker, rank_metrics(data.qrels, nearest(worker, data, prompts)))]
+
+
+def measure_cosines(jobs: Sequence[Job], name: str, data: str, texts: list[str], journal: Journal) -> list[Result]:
+    """The mean and least cosine of vectors to those of the first job.
+
+    Args:
+        jobs: The engine that the others are compared with, and the others.
+        name: The model's.
+        data: What the texts are called.
+        texts: What is embedded.
+        journal: Gets a result for each engine but the first.
+
+    Returns:
+        The results, none if the journal has all of them already.
+
+    Raises:
+        EngineError: An engine is missing or failed.
+    """
+    settings = {"data": data, "texts": len(texts), "to": name_of(jobs[0])}
+    missing = [job for job in jobs[1:] if _result("cosine", job, name, settings) not in journal]
+    results, expected = [], None
+    for job in [jobs[0], *missing] if missing else []:
+        with Worker(prepared(job)) as worker:
+            vectors = _unit(worker.answers(texts, BATCH).astype(np.float64))
+            if expected is None:
+                expected = vectors
+                continue
+            found = (vectors * expected).sum(1)
+            figures = {"cosine mean": float(found.mean()), "cosine min": float(found.min())}
+            results.append(_add(journal, _result("cosine", job, name, settings), worker, figures))
+    return results
 
 
 def measure_two_stages(
@@ -161,5 +193,5 @@ def _add(journal: Journal, result: Result, worker: Worker, figures: dict[str, fl
     return journal.add(result.filled({name: Figure.of(value) for name, value in figures.items()}, worker.versions))
 
 
-def _unit(vectors: Floats) -> Floats:
+def _unit(vectors: NDArray[Any]) -> NDArray[Any]:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,5 +1,6 @@
 """Results for people: Markdown tables, and the README's section, which is never typed by hand."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,6 +123,28 @@ def full_report(results: Sequence[Result], plots: Sequence[str]) -> str:
     return "\n\n".join([*parts, *(f"![{name}]({name})" for name in plots)]) + "\n"
 
 
+def int8_table(results: Sequence[Result], model: str) -> str:
+    """One table of our int8 beside the other engines: their figures, and in brackets ours divided by theirs."""
+    ours = ("ours", "int8")
+    bulk = [
+        Column(f"tokens/s, {words}", "bulk", "tokens/s", divided, {"texts": kind, "order": "by length"})
+        for kind, words in KINDS.items()
+    ]
+    cost = [
+        Column("ms a query", "latency", "p50 ms", divided, {"callers": 1}),
+        Column("MB RAM", "cold", "peak MB", divided),
+        Column("MB disk", "cold", "disk MB", divided),
+    ]
+    cosines = [
+        Column(f"{data} {name}", "cosine", name, precisely, {"data": data})
+        for data in dict.fromkeys(r.settings["data"] for r in results if r.benchmark == "cosine")
+        for name in ("cosine mean", "cosine min")
+    ]
+    quality = [dataclasses.replace(column, show=precisely) for column in _quality(results, first=True)]
+    title = f"**int8 of {model}** beside others, in brackets its figure divided by theirs:"
+    return "\n\n".join([*_engines(results, model, title, [*bulk, *cost, *quality, *cosines], ours), _origin(results)])
+
+
 def update_readme(readme: Path, text: str) -> bool:
     """Put the section between the markers of a README.
 
@@ -174,6 +197,17 @@ def retained(figure: Figure, baseline: Figure | None) -> str:
     """The figure, and its share of the baseline's."""
     shown = f"{figure.median:.2f}" if figure.median > 2 else f"{figure.median:.4f}"
     return shown if baseline is None else f"{shown} ({100 * figure.median / baseline.median:.1f}%)"
+
+
+def divided(figure: Figure, baseline: Figure | None) -> str:
+    """The figure, and the baseline's divided by it."""
+    shown = _digits(figure.median)
+    return shown if baseline is None else f"{shown} ({baseline.median / figure.median:.2f})"
+
+
+def precisely(figure: Figure, baseline: Figure | None = None) -> str:
+    """Five significant digits."""
+    return f"{figure.median:.5g}"
 
 
 RATIO = "times that of sentence-transformers in torch fp32, in brackets the least and the greatest of all runs"
@@ -237,11 +271,17 @@ def _quality(results: Sequence[Result], *, first: bool) -> list[Column]:
     ]
 
 
-def _engines(results: Sequence[Result], model: str, title: str, columns: Sequence[Column]) -> list[str]:
+def _engines(
+    results: Sequence[Result],
+    model: str,
+    title: str,
+    columns: Sequence[Column],
+    beside: tuple[str, str] = BASELINE,
+) -> list[str]:
     """A titled table of a model's engines, without the columns and rows that would be empty."""
     engines = list(dict.fromkeys((r.engine, r.variant) for r in results if r.model == model))
     figures = {engine: [column.of(results, model, *engine) for column in columns] for engine in engines}
-    baseline = figures.get(BASELINE, [None] * len(columns))
+    baseline = figures.get(beside, [None] * len(columns))
     held = [i for i in range(len(columns)) if any(row[i] for row in figures.values())]
     rows = [
         [_engine(*engine), *(columns[i].show(figure, baseline[i]) if (figure := row[i]) else "" for i in held)]

@@ -73,6 +73,16 @@ PROFILES = {
         indexed=100_000,
         growth=True,
     ),
+    "int8": Profile(
+        starts=2,
+        rounds=4,
+        texts={"short": 256, "medium": 64, "long": 24},
+        orders=("by length",),
+        callers=(1,),
+        queries=96,
+        indexed=5_000,
+        growth=False,
+    ),
 }
 
 

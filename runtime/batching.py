@@ -31,7 +31,7 @@ def plan_batches(lengths: Sequence[int] | NDArray[np.intp], max_tokens: int) -> 
 
 
 def plan_threads(
-    lengths: Sequence[int], max_tokens: int, threads: int
+    lengths: Sequence[int] | NDArray[np.intp], max_tokens: int, threads: int
 ) -> tuple[list[NDArray[np.intp]], list[NDArray[np.intp]]]:
     """Plan runs that take all threads, one after another, and runs of a thread each, side by side.
 

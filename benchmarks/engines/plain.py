@@ -1,6 +1,8 @@
 """What people write around a bare graph: tokenise, pad each batch to its longest, run, pool, normalise."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.worker import Job, Run
+
+MAX_TOKENS_PER_RUN = 2048
+"""Our runtime's."""
 
 Infer = Callable[[dict[str, NDArray[np.int64]]], NDArray[np.float32]]
 """From ``input_ids``, ``attention_mask`` and ``token_type_ids``, each ``(n, tokens)``, to the graph's first output."""
@@ -18,15 +23,41 @@ def embedder(job: Job, infer: Infer) -> Run:
     encode = tokenize(job)
 
     def run(texts: Sequence[str], batch: int) -> NDArray[np.float32]:
-        vectors = []
-        for start in range(0, len(texts), batch):
-            feeds = encode(texts[start : start + batch])
-            hidden, mask = infer(feeds), feeds["attention_mask"][:, :, None].astype(np.float32)
-            vectors.append((hidden * mask).sum(1) / mask.sum(1) if job.pooling == "mean" else hidden[:, 0])
-        joined = np.concatenate(vectors)
-        return joined / np.linalg.norm(joined, axis=1, keepdims=True) if job.normalize else joined
+        batches = (encode(texts[start : start + batch]) for start in range(0, len(texts), batch))
+        return np.concatenate([_pooled(job, feeds, infer(feeds)) for feeds in batches])
 
     return run
+
+
+def scheduled(job: Job, wide: Infer, narrow: Infer) -> Run:
+    """Around such a graph in a session with all threads and one with a single thread, as our runtime schedules them."""
+    from runtime.batching import plan_threads
+
+    encode = tokenize(job)
+
+    def run(texts: Sequence[str], batch: int) -> NDArray[np.float32]:
+        padded, vectors = encode(texts), [np.empty(0, np.float32)] * len(texts)
+        lengths = padded["attention_mask"].sum(1)
+        runs = plan_threads(lengths, MAX_TOKENS_PER_RUN, job.threads)
+
+        def work(infer: Infer, places: NDArray[np.intp]) -> None:
+            feeds = {name: rows[places, : lengths[places[0]]] for name, rows in padded.items()}
+            for i, vector in zip(places, _pooled(job, feeds, infer(feeds)), strict=True):
+                vectors[i] = vector
+
+        for places in runs[0]:
+            work(wide, places)
+        with ThreadPoolExecutor(job.threads) as pool:
+            list(pool.map(partial(work, narrow), runs[1]))
+        return np.array(vectors)
+
+    return run
+
+
+def _pooled(job: Job, feeds: dict[str, NDArray[np.int64]], hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+    mask = feeds["attention_mask"][:, :, None].astype(np.float32)
+    vectors: NDArray[np.float32] = (hidden * mask).sum(1) / mask.sum(1) if job.pooling == "mean" else hidden[:, 0]
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if job.normalize else vectors
 
 
 def reranker(job: Job, infer: Infer) -> Run:
