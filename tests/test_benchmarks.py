@@ -8,14 +8,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
 from benchmarks.data import read_beir, read_sts, sample_texts
+from benchmarks.engines import plain
 from benchmarks.errors import DataError
-from benchmarks.report import newest_results, readme_section, section, update_readme
+from benchmarks.report import int8_table, newest_results, readme_section, section, update_readme
 from benchmarks.results import Figure, Journal, Result, newest, read_results
+from benchmarks.worker import Job
+from runtime import Embedder
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "full.jsonl"
@@ -245,3 +249,31 @@ def test_results_in_the_repository_hold_no_path_of_a_machine():
     for line in RESULTS.read_text("utf-8").splitlines():
         assert json.loads(line)["schema"] == 1
         assert "/work/" not in line and "/home/" not in line
+
+
+def test_int8_stands_in_one_table_with_its_figures_divided_by_the_others():
+    def bulk(engine: str, variant: str, rate: float) -> Result:
+        figures = {"tokens/s": Figure(rate, rate, rate, 3)}
+        settings = {"texts": "short", "order": "by length"}
+        return result(1.0, engine=engine, variant=variant, settings=settings, figures=figures, machine=machine)
+
+    machine = {"cpu": "a", "cores": 2, "instructions": [], "memory_gb": 1, "system": "b"}
+    table = int8_table([bulk("ours", "int8", 90.0), bulk("optimum", "int8", 60.0)], "tiny")
+    assert "| **bge-onnx** int8 | 90.0 (1.00) |" in table
+    assert "| optimum int8 | 60.0 (1.50) |" in table
+
+
+def test_a_stock_graph_under_our_scheduling_gives_the_same_vectors(tiny_artifact):
+    """And so does the plain pipeline; our graph in a stock one's place has no mask, but needs none of equal lengths."""
+    embedder = Embedder(tiny_artifact, "fp32", "cpu", 1)
+    session = embedder._opened.session
+    job = Job(engine="", variant="", kind="embedder", source="", stock=str(tiny_artifact), max_length=64, threads=3)
+    texts = ["river stone " * (i % 30) for i in range(100)]
+
+    def infer(feeds):
+        assert (feeds["attention_mask"] == 1).all()  # nothing is padded
+        return session.run(["last_hidden_state"], {"input_ids": feeds["input_ids"]})[0]
+
+    found = plain.scheduled(job, infer, infer)(texts, 32)
+    np.testing.assert_allclose(found, embedder.encode(texts), atol=1e-6)
+    np.testing.assert_array_equal(plain.embedder(job, infer)(texts, 1), found)
