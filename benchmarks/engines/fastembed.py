@@ -43,6 +43,10 @@ def reranker(job: Job) -> Run:
 
 
 def prepare(job: Job) -> None:
-    """The stock export is laid out as fastembed wants it."""
+    """The stock export is laid out as fastembed wants it, and read to the same length: it would take the shorter."""
     for path in Path(job.stock).iterdir():
         (Path(job.source) / path.name).symlink_to(path)
+    config = Path(job.source) / "tokenizer_config.json"
+    settings = json.loads(config.read_text("utf-8")) | dict.fromkeys(("max_length", "model_max_length"), job.max_length)
+    config.unlink()
+    config.write_text(json.dumps(settings), "utf-8")
