@@ -56,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--model", help="a short name (see --list), a local checkpoint folder, or a hub id")
     what.add_argument("--list", action="store_true", help="print the models known by a short name")
     parser.add_argument("--out", type=Path, help="folder to write (default: artifacts/<name>)")
-    parser.add_argument("--variants", default="fp32,int8", help="comma-separated: fp32, int8 (default: both)")
+    parser.add_argument(
+        "--variants", default="fp32,int8", help="comma-separated: fp32, int8, fp16 for CUDA (default: fp32,int8)"
+    )
     parser.add_argument("--revision", help="branch, tag or commit of the hub")
     parser.add_argument("--pooling", choices=POOLINGS, help="for a checkpoint that doesn't say how it pools")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="texts for int8, one a line")

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from onnx import TensorProto
 
-from export.graph import MICROSOFT, Graph, float_value, int_value
+from export.graph import MICROSOFT, Graph, Loader, float_value, int_value
 from export.layers import (
     Activation,
     Weights,
@@ -71,7 +71,7 @@ def build_encoder(config: EncoderConfig, weight: Weights, outputs: Sequence[Outp
     if pairs:
         graph.inputs.append(int_value("token_type_ids", "batch", "tokens"))
     x = _embeddings(graph, config, weight, pairs)
-    bias = _attention_bias(graph, config, weight) if config.relative_buckets else ""
+    bias = attention_bias(graph, config, weight) if config.relative_buckets else ""
     for i in range(config.layers):
         x = _layer(graph, config, weight, f"layer.{i}", x, bias)
     for output in outputs:
@@ -81,21 +81,13 @@ def build_encoder(config: EncoderConfig, weight: Weights, outputs: Sequence[Outp
 
 def _embeddings(graph: Graph, config: EncoderConfig, weight: Weights, pairs: bool) -> str:
     """Flat embedded tokens, (batch · tokens, hidden); names ``hidden_shape`` on the way."""
-    first = 0 if config.pad is None else config.pad + 1
-
-    def positions() -> np.ndarray:  # where the token type is always 0, its embedding joins the position's
-        table = checked(weight, "embeddings.position", first + config.positions, config.hidden)()
-        if pairs or not config.token_types:
-            return table
-        return table + checked(weight, "embeddings.token_type", config.token_types, config.hidden)()[0]
-
     graph.weight("hidden", np.array([config.hidden], np.int64))
     graph.weight("flat_shape", np.array([-1, config.hidden], np.int64))
     shape = graph.add("Shape", "input_ids", name="shape")
     graph.add("Concat", shape, "hidden", name="hidden_shape", axis=0)
     x = graph.add("Gather", parameter(graph, weight, "embeddings.word", config.vocab, config.hidden), "input_ids")
     graph.add("Gather", shape, graph.weight("one", np.array([1], np.int64)), name="tokens")
-    table = graph.weight("embeddings.position", positions)
+    table = graph.weight("embeddings.position", position_table(config, weight, pairs))
     if config.pad is None:
         places = graph.add("Slice", table, graph.weight("zero", np.array([0], np.int64)), "tokens")
     else:  # transformers' create_position_ids_from_input_ids: a padding token written in a text takes no place
@@ -110,8 +102,24 @@ def _embeddings(graph: Graph, config: EncoderConfig, weight: Weights, pairs: boo
     return graph.add("Reshape", norm(graph, weight, "embeddings.norm", x, config.hidden, config.norm_eps), "flat_shape")
 
 
-def _attention_bias(graph: Graph, config: EncoderConfig, weight: Weights) -> str:
-    """A bias for each head and pair of places, (1, heads, tokens, tokens), by the bucket of their distance (T5)."""
+def position_table(config: EncoderConfig, weight: Weights, pairs: bool) -> Loader:
+    """The loader of the positions' embeddings, to which the token type's is added where it is always 0."""
+    rows = config.positions + (0 if config.pad is None else config.pad + 1)
+
+    def load() -> np.ndarray:
+        table = checked(weight, "embeddings.position", rows, config.hidden)()
+        if pairs or not config.token_types:
+            return table
+        return table + checked(weight, "embeddings.token_type", config.token_types, config.hidden)()[0]
+
+    return load
+
+
+def attention_bias(graph: Graph, config: EncoderConfig, weight: Weights) -> str:
+    """A bias for each head and pair of places, (1, heads, tokens, tokens), by the bucket of their distance (T5).
+
+    The graph has their number as ``tokens``, of shape (1,).
+    """
     longest, buckets = config.positions - 1, config.relative_buckets // 2
     near, reach = buckets // 2, 128
 
@@ -164,10 +172,7 @@ def _output(graph: Graph, config: EncoderConfig, weight: Weights, output: Output
             first = graph.add(
                 "Gather", graph.add("Reshape", x, "hidden_shape"), graph.weight("cls", np.array(0)), axis=1
             )
-            dense = linear(graph, weight, "head.dense", first, hidden, hidden)
-            dense = graph.add({"tanh": "Tanh", "relu": "Relu"}[config.head_activation], dense)
-            linear(graph, weight, "head.out", dense, hidden, 1, output=output)
-            graph.outputs.append(float_value(output, "batch", 1))
+            score_head(graph, config, weight, first)
         case "token_weights":
             relu = graph.add("Relu", linear(graph, weight, "head.sparse", x, hidden, 1))
             graph.add("Reshape", relu, "shape", name=output)
@@ -179,3 +184,11 @@ def _output(graph: Graph, config: EncoderConfig, weight: Weights, output: Output
             x = activate(graph, config.activation, linear(graph, weight, "mlm.dense", x, hidden, hidden))
             x = norm(graph, weight, "mlm.norm", x, hidden, config.norm_eps)
             vocabulary_weights(graph, weight, x, config.vocab, hidden)
+
+
+def score_head(graph: Graph, config: EncoderConfig, weight: Weights, first: str) -> None:
+    """Emit a reranker's ``logits`` of its texts' first states, (batch, hidden)."""
+    dense = linear(graph, weight, "head.dense", first, config.hidden, config.hidden)
+    dense = graph.add({"tanh": "Tanh", "relu": "Relu"}[config.head_activation], dense)
+    linear(graph, weight, "head.out", dense, config.hidden, 1, output="logits")
+    graph.outputs.append(float_value("logits", "batch", 1))

@@ -130,6 +130,6 @@ def float_value(name: str, *shape: int | str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
-def int_value(name: str, *shape: int | str) -> onnx.ValueInfoProto:
-    """An int64 input or output."""
-    return helper.make_tensor_value_info(name, TensorProto.INT64, shape)
+def int_value(name: str, *shape: int | str, kind: int = TensorProto.INT64) -> onnx.ValueInfoProto:
+    """An input or output of integers, int64 by default."""
+    return helper.make_tensor_value_info(name, kind, shape)

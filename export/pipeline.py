@@ -12,24 +12,27 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from export.calibrate import calibration_pairs, calibration_texts, collect
 from export.card import model_card
 from export.catalog import read_json
 from export.errors import ExportError, first_line
-from export.families import find_family, weight_finder
+from export.families import Family, find_family, weight_finder
 from export.graph import Graph
+from export.packed import on_any_provider
 from export.precision import Cosines, cosines_of, spend_precision
 from export.quantize import Quantized, find_linears, quantize_graph, quantize_linears
 from export.source import Checkpoint, resolve_source
 from export.trace import trace
-from export.verify import reference_answers, special_ids, verification_texts, verify_variant
+from export.verify import Answers, reference_answers, special_ids, verification_texts, verify_variant
+from runtime.errors import ProviderError
 from runtime.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     TOKENIZER,
     Manifest,
+    Packing,
     Pooling,
     Variant,
     describe_file,
@@ -40,12 +43,21 @@ from runtime.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import transformers
 
-VARIANTS = ("fp32", "int8")
+VARIANTS = ("fp32", "int8", "fp16")
+BY_DEFAULT = ("fp32", "int8")
+PROVIDERS = {
+    "fp32": ("CPUExecutionProvider", "CUDAExecutionProvider"),
+    "int8": ("CPUExecutionProvider",),
+    "fp16": ("CUDAExecutionProvider",),
+}
+"""Where each variant runs."""
 TOOLS = ("bge-onnx", "torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers", "numpy")
 
 CALIBRATION_TOKENS = 512
 """Most tokens read of a calibration text."""
 
+Encoder = tuple[Family, Any]
+"""A family, and the configuration that its emitters take."""
 Progress = Callable[[str, float], None]
 """Told what is being done, and the share of the whole export that is behind it."""
 
@@ -61,7 +73,7 @@ class Artifact:
 def export_model(
     model: str,
     out: Path | None = None,
-    variants: Sequence[str] = VARIANTS,
+    variants: Sequence[str] = BY_DEFAULT,
     *,
     revision: str | None = None,
     pooling: Pooling | None = None,
@@ -76,7 +88,7 @@ def export_model(
     Args:
         model: A short name of ``models.yaml``, a local checkpoint folder, or a hub id.
         out: The folder to make; ``artifacts/<name>`` by default.
-        variants: Any of ``fp32``, ``int8``.
+        variants: Any of ``fp32``, ``int8`` (for CPUs) and ``fp16`` (for CUDA).
         revision: A branch, tag or commit of the hub.
         pooling: How an embedder pools, where its checkpoint doesn't say or is wrong.
         calibration: A file with one text a line, for int8; the project's own set by default.
@@ -111,7 +123,9 @@ def export_model(
         progress("reading the tokenizer", 0.02)
         tokenizer = write_tokenizer(checkpoint, stage / TOKENIZER)
         progress("building the graph", 0.06)
-        graph = build_graph(checkpoint)
+        encoder = find_encoder(checkpoint)
+        packed, packing = build_fp16(checkpoint, encoder) if "fp16" in variants else (None, None)
+        graph = build_graph(checkpoint, encoder)
         progress("asking transformers", 0.15)
         questions = verification_texts()
         reference = reference_answers(checkpoint, questions)
@@ -126,37 +140,60 @@ def export_model(
                 choosing = lambda share: progress("choosing what stays in fp32", 0.7 + share * 0.1)  # noqa: E731
                 measure = cosines_to(reference.dense, checkpoint, stage, questions)
                 quantized = spend_precision(graph, quantized, measure, len(questions), min_cosine, choosing)
-            int8 = write_variant("int8", quantize_graph(graph, quantized), stage, len(texts))
-            kept = tuple(linear.output for linear in find_linears(graph) if linear.input not in quantized)
-            described["int8"] = dataclasses.replace(int8, fp32_linears=kept)
+            described["int8"] = write_variant(
+                "int8",
+                quantize_graph(graph, quantized),
+                stage,
+                quantization=f"static W8A8, smoothed, GPTQ, per channel, calibrated on {len(texts)} texts",
+                fp32_linears=tuple(x.output for x in find_linears(graph) if x.input not in quantized),
+            )
+        if packed:
+            described["fp16"] = write_variant("fp16", packed, stage, packing=packing)
         manifest = write_manifest(checkpoint, stage, described, special_ids(tokenizer))
-        parities = {}
+        proven = {}
         for i, variant in enumerate(variants):
             progress(f"verifying {variant}", 0.85 + 0.1 * i / len(variants))
-            parities[variant] = verify_variant(stage, variant, reference, questions)
+            proven[variant] = verify(stage, manifest, variant, packed, reference)
         progress("writing the artifact", 0.97)
-        proven = {name: dataclasses.replace(v, parity=parities[name]) for name, v in manifest.variants.items()}
         manifest = dataclasses.replace(manifest, variants=proven)
         (stage / MANIFEST).write_text(manifest.to_json(), "utf-8")
         (stage / "README.md").write_text(model_card(manifest), "utf-8")
     return Artifact(out, manifest)
 
 
-def build_graph(checkpoint: Checkpoint) -> Graph:
-    """The fp32 graph, by the family's builder where there is one, else traced."""
+def find_encoder(checkpoint: Checkpoint) -> Encoder | None:
+    """The family that builds a checkpoint's graph, with its configuration; None of one that has to be traced."""
     config = checkpoint.config
-    architecture = config.take("model_type", str, "")
-    family = find_family(architecture)
+    family = find_family(config.take("model_type", str, ""))
     try:
         encoder = family.config(config) if family else None
     except KeyError as missing:
         raise ExportError(f"{checkpoint.id}: config.json has no {missing}; download the checkpoint again") from None
     except (AttributeError, TypeError, ValueError) as error:  # as a value of the wrong type raises
         raise ExportError(f"{checkpoint.id}: config.json doesn't fit: {error}; download the checkpoint again") from None
+    return (family, encoder) if family and encoder else None
+
+
+def build_graph(checkpoint: Checkpoint, encoder: Encoder | None) -> Graph:
+    """The fp32 graph, by the family's builder where there is one, else traced."""
     outputs = checkpoint.spec.outputs
-    if family is None or encoder is None:
-        return trace(checkpoint.folder, architecture, outputs)
-    return family.build(encoder, weight_finder(family, checkpoint.weights()), outputs)
+    if encoder is None:
+        return trace(checkpoint.folder, checkpoint.config.take("model_type", str, ""), outputs)
+    family, config = encoder
+    return family.build(config, weight_finder(family, checkpoint.weights()), outputs)
+
+
+def build_fp16(checkpoint: Checkpoint, encoder: Encoder | None) -> tuple[Graph, Packing]:
+    """The packed graph for CUDA, and what the runtime has to know of it."""
+    pack = encoder[0].pack if encoder else None
+    if encoder is None or pack is None:
+        raise ExportError(
+            f"{checkpoint.id}: fp16 isn't built for {checkpoint.spec.architecture!r} yet; leave it out with --variants "
+            "fp32,int8 (fp32 runs on CUDA too)"
+        )
+    spec, (family, config) = checkpoint.spec, encoder
+    graph = pack(config, weight_finder(family, checkpoint.weights()), spec.outputs, spec.pooling)
+    return graph, Packing(padding_id=config.pad)
 
 
 def quantize(
@@ -217,19 +254,41 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> "transformers.PreTrai
     return tokenizer
 
 
-def write_variant(name: str, graph: Graph, stage: Path, calibration: int = 0) -> Variant:
+def write_variant(name: str, graph: Graph, stage: Path, **described: Any) -> Variant:  # noqa: ANN401
     """Save a graph and describe it; its parity is still unknown."""
     data = graph.save(stage / f"model.{name}.onnx")
-    int8 = name == "int8"
     return Variant(
         file=f"model.{name}.onnx",
         data=data.name if data else None,
         opset=graph.opsets[""],
-        providers=("CPUExecutionProvider",) if int8 else ("CPUExecutionProvider", "CUDAExecutionProvider"),
-        cpu_safety="any: 7-bit weights can't saturate on x86 without VNNI" if int8 else "any",
-        quantization=f"static W8A8, smoothed, GPTQ, per channel, calibrated on {calibration} texts" if int8 else None,
+        providers=PROVIDERS[name],
+        cpu_safety="any: 7-bit weights can't saturate on x86 without VNNI" if name == "int8" else "any",
         parity=None,
+        **described,
     )
+
+
+def verify(stage: Path, manifest: Manifest, name: str, packed: Graph | None, reference: Answers) -> Variant:
+    """A variant with what it was found to be worth, on the device that it is for where that can be had.
+
+    Without a GPU, a packed graph's stand-in for any provider answers instead.
+    """
+    variant, texts, cpu, cuda = manifest.variants[name], verification_texts(), *PROVIDERS["fp32"]
+    if not packed or name != "fp16":
+        return dataclasses.replace(variant, parity=verify_variant(stage, name, reference, texts), verified_on=cpu)
+    with contextlib.suppress(ProviderError):
+        parity = verify_variant(stage, name, reference, texts, device="cuda")
+        return dataclasses.replace(variant, parity=parity, verified_on=cuda)
+    with tempfile.TemporaryDirectory(prefix="bge-onnx-") as scratch:
+        folder = Path(scratch)
+        shutil.copy(stage / TOKENIZER, folder)
+        data = on_any_provider(packed).save(folder / variant.file)
+        here = dataclasses.replace(variant, data=data.name if data else None, providers=(cpu,))
+        files = {path.name: describe_file(path) for path in folder.iterdir()}
+        stand_in = dataclasses.replace(manifest, variants={name: here}, files=files)
+        (folder / MANIFEST).write_text(stand_in.to_json(), "utf-8")
+        parity = verify_variant(folder, name, reference, texts)
+    return dataclasses.replace(variant, parity=parity, verified_on=cpu)
 
 
 def write_manifest(

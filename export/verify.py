@@ -41,6 +41,14 @@ THRESHOLDS: dict[str, dict[str, float]] = {
         "score_spearman": 0.98,
         "score_top_agreement": 0.85,
     },
+    "fp16": {
+        "cosine_mean": 0.9999,
+        "cosine_min": 0.999,
+        "colbert_cosine_min": 0.999,
+        "sparse_cosine_mean": 0.999,
+        "score_spearman": 0.999,
+        "score_top_agreement": 0.95,
+    },
 }
 """What each figure of a variant's parity must reach, at least, or at most where it is a difference (``…_diff``)."""
 
@@ -172,13 +180,13 @@ def special_ids(tokenizer: Any) -> list[int]:  # noqa: ANN401
     return sorted({tokenizer.convert_tokens_to_ids(special[name]) for name in names if name in special})
 
 
-def runtime_answers(artifact: Path, variant: str, texts: list[str]) -> Answers:
-    """What the runtime gives with a variant of an artifact."""
+def runtime_answers(artifact: Path, variant: str, texts: list[str], device: str) -> Answers:
+    """What the runtime gives with a variant of an artifact on a device."""
     manifest = load_manifest(artifact)
     if manifest.kind == "reranker":
-        scores = Reranker(artifact, variant, device="cpu").compute_score(verification_pairs(texts))
+        scores = Reranker(artifact, variant, device=device).compute_score(verification_pairs(texts))
         return Answers(scores=scores)  # type: ignore[arg-type]
-    embedder, has = Embedder(artifact, variant, device="cpu"), set(manifest.outputs)
+    embedder, has = Embedder(artifact, variant, device=device), set(manifest.outputs)
     found = embedder.encode(
         texts,
         return_dense="last_hidden_state" in has,
@@ -218,7 +226,7 @@ def _top_agreement(scores: np.ndarray, expected: np.ndarray) -> float:
     return float(np.mean([len(set(a) & set(b)) / TOP for a, b in zip(best.tolist(), wanted.tolist(), strict=True)]))
 
 
-def verify_variant(artifact: Path, variant: str, reference: Answers, texts: list[str]) -> Parity:
+def verify_variant(artifact: Path, variant: str, reference: Answers, texts: list[str], device: str = "cpu") -> Parity:
     """Ask the runtime, and compare.
 
     Args:
@@ -226,11 +234,12 @@ def verify_variant(artifact: Path, variant: str, reference: Answers, texts: list
         variant: Which of its variants.
         reference: What the original answers.
         texts: The texts that it was asked.
+        device: Where the variant runs.
 
     Raises:
         ParityError: A figure is below its threshold.
     """
-    parity = compare(reference, runtime_answers(artifact, variant, texts))
+    parity = compare(reference, runtime_answers(artifact, variant, texts, device))
     for name, limit in THRESHOLDS[variant].items():
         value = getattr(parity, name)
         if value is not None and not (value <= limit if name.endswith("_diff") else value >= limit):
@@ -243,6 +252,7 @@ def verify_variant(artifact: Path, variant: str, reference: Answers, texts: list
 
 _CURES = {
     "fp32": "the graph or the tokenizer differs from the original, please report the model",
+    "fp16": "the model needs more than fp16's range or precision, leave it out with --variants fp32,int8",
     "int8": "pass --calibration with a file of your own texts, or leave int8 out with --variants fp32",
 }
 

@@ -20,7 +20,8 @@ from runtime.hybrid import (
     vocabulary_lexical_weights,
 )
 from runtime.microbatch import MicroBatcher
-from runtime.model import MAX_TOKENS_PER_RUN, Model
+from runtime.model import Model
+from runtime.packing import POOLED
 from runtime.pooling import Floats, normalize, pool
 
 VOCABULARY_TOKENS_PER_RUN = 512
@@ -287,18 +288,26 @@ class Embedder(Model):
             pieces = self._tokenizer.encode_chunks(texts, first)
             vectors = self._dense([ids for text in pieces for ids in text], truncate_dim)
             return self._join(vectors, [[len(ids) for ids in text] for text in pieces])
-        return self._dense(self._tokenizer.encode(texts, truncate, first), truncate_dim)
+        vectors = np.empty((len(texts), truncate_dim or self.dim), np.float32)
+        encode = functools.partial(self._encode_ids, truncate, first)
+        for start, ids in self._ahead(texts, encode):
+            vectors[start : start + len(ids)] = self._dense(ids, truncate_dim)
+        return vectors
+
+    def _encode_ids(self, truncate: bool, first: int, texts: Sequence[str], start: int) -> list[list[int]]:
+        return self._tokenizer.encode(texts, truncate, first + start)
 
     def _dense(self, ids: list[list[int]], truncate_dim: int | None) -> Floats:
         """float32 ``(n, dim)``; zeros for a text without tokens, which only tokenizers without special tokens give."""
         vectors = np.zeros((len(ids), truncate_dim or self.dim), np.float32)
-        for places, _, (hidden,) in self._run(["last_hidden_state"], ids):
-            vectors[places] = self._pool(hidden, truncate_dim)
+        for places, _, (values,) in self._run([self._output("dense_vecs")], ids):
+            vectors[places] = self._pool(values, truncate_dim)
         return vectors
 
-    def _pool(self, hidden: Floats, truncate_dim: int | None = None) -> Floats:
+    def _pool(self, values: Floats, truncate_dim: int | None = None) -> Floats:
+        """Of hidden states ``(n, tokens, dim)``, or what a packed graph has pooled of them, float32 ``(n, dim)``."""
         assert self.manifest.pooling  # an embedder with dense vectors has one
-        pooled = pool(hidden, self.manifest.pooling)[:, :truncate_dim]
+        pooled = (values if self._packing else pool(values, self.manifest.pooling))[:, :truncate_dim]
         return normalize(pooled) if self.manifest.normalize else pooled
 
     def _join(self, vectors: Floats, lengths: list[list[int]]) -> Floats:
@@ -325,7 +334,7 @@ class Embedder(Model):
         if not outputs:
             raise InputError("nothing to return; pass return_dense, return_sparse or return_colbert_vecs")
         ids = self._tokenizer.encode(texts, truncate)
-        tokens = VOCABULARY_TOKENS_PER_RUN if "vocabulary_weights" in outputs.values() else MAX_TOKENS_PER_RUN
+        tokens = VOCABULARY_TOKENS_PER_RUN if "vocabulary_weights" in outputs.values() else None
         results: dict[str, Any] = {way: [None] * len(ids) if wanted else None for way, wanted in asked.items()}
         for places, rows, found in self._run(list(outputs.values()), ids, tokens=tokens):
             for (way, output), values in zip(outputs.items(), found, strict=True):
@@ -338,7 +347,7 @@ class Embedder(Model):
     def _finish(self, output: str, ids: NDArray[np.int64], values: Floats) -> Sequence[Any]:
         """What a text gets of an output of the graph, for each text of a batch."""
         match output:
-            case "last_hidden_state":
+            case "last_hidden_state" | "sentence_embedding":
                 return list(self._pool(values))
             case "token_weights":
                 return token_lexical_weights(ids, values, self.manifest.skipped_ids)
@@ -355,6 +364,6 @@ class Embedder(Model):
         """
         for output in self.manifest.outputs:
             if OUTPUTS[output] == way:
-                return output
+                return POOLED if self._packing and output == "last_hidden_state" else output
         has = ", ".join(OUTPUTS[output] for output in self.manifest.outputs)
         raise InputError(f"{self.manifest.name} has no {way}, only {has}; set the return_… arguments to what it has")

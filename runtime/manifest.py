@@ -56,6 +56,14 @@ class Parity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """A graph takes many texts in one row of tokens, and gives pooled vectors (``runtime.packing``)."""
+
+    padding_id: int | None = None
+    """The token that takes no place in its text, where the model has one (RoBERTa and its kin)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
     """One precision of the model: its graph, where it may run, and how true it is to the original."""
 
@@ -66,9 +74,13 @@ class Variant:
     providers: tuple[str, ...]
     cpu_safety: str
     """Which CPUs give the promised numbers (u8×s8 products saturate on x86 without VNNI unless weights have 7 bits)."""
-    quantization: str | None
+    quantization: str | None = None
     fp32_linears: tuple[str, ...] = ()
     """Outputs of the linears that int8 leaves in fp32."""
+    packing: Packing | None = None
+    """How texts are packed; None where those of equal length run together."""
+    verified_on: str = "CPUExecutionProvider"
+    """The execution provider that gave the parity figures."""
     parity: Parity | None
     """None only while an export is still verifying."""
 

@@ -1,7 +1,6 @@
 """What an embedder and a reranker share: an artifact opened on a device, and the one way to run its graph."""
 
 import functools
-import itertools
 import logging
 import os
 import time
@@ -10,18 +9,28 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.batching import plan_threads
+from runtime.batching import plan_batches, plan_threads
 from runtime.checks import NO_LIMITS, Limits, check_count
-from runtime.errors import ArtifactError, InputError
-from runtime.manifest import TOKENIZER, Kind, Manifest, check_file, load_manifest
+from runtime.errors import ArtifactError, InputError, ProviderError, RunError
+from runtime.manifest import TOKENIZER, Kind, Manifest, Packing, check_file, load_manifest
 from runtime.metrics import Hook, ignore
-from runtime.session import PROVIDERS, Session, choose_device, create_session, run_session, usable_cpus
+from runtime.packing import POOLED, Run, by_length, pack, plan_packed
+from runtime.session import (
+    Session,
+    choose_devices,
+    create_session,
+    provider_of,
+    run_feeds,
+    run_session,
+    usable_cpus,
+)
 from runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -30,6 +39,12 @@ MAX_TOKENS_PER_RUN = 2048
 """Bounds memory: one run never holds more tokens, unless a single text does. More are no faster on a CPU.
 
 A call with more tokens in all is bulk work."""
+CUDA_TOKENS_PER_RUN = 16_384
+"""The same on a GPU, where a run of few tokens takes as long as one of many."""
+IN_FLIGHT = 2
+"""Runs that a GPU is given at once, so that it goes on with one while the other's results are fetched."""
+AHEAD = (256, 4096)
+"""Texts that are tokenised at once for a GPU, the first time and later, while it is busy with those before."""
 
 PREFERENCE = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32")}
 """What ``variant="auto"`` takes, first to last. Every variant has proven its parity at export."""
@@ -38,7 +53,6 @@ MAX_THREADS = 1024
 
 Given = TypeVar("Given")
 Done = TypeVar("Done")
-Run = tuple[NDArray[np.intp], NDArray[np.int64], list[Any]]
 
 
 @dataclass
@@ -47,13 +61,13 @@ class _Opened:
 
     Attributes:
         process: Its number.
-        session: Gives each run all threads.
+        sessions: One for each device; on a CPU it gives each run all threads.
         bulk: Gives each run one thread; None until there is bulk work, and where it can't be had.
         tried: Whether opening ``bulk`` was tried.
     """
 
     process: int
-    session: Session
+    sessions: tuple[Session, ...]
     bulk: Session | None = None
     tried: bool = False
 
@@ -76,7 +90,7 @@ class Model:
         self,
         path: str | Path,
         variant: str = "auto",
-        device: str = "auto",
+        device: str | Sequence[str] = "auto",
         threads: int | None = None,
         *,
         verify: bool = True,
@@ -88,7 +102,8 @@ class Model:
         Args:
             path: The folder that ``python -m export`` wrote.
             variant: ``fp32``, ``int8``, … or ``auto``: the fastest that the artifact has for the device.
-            device: ``cpu``, ``cuda`` or ``auto``.
+            device: ``cpu``, ``cuda``, ``cuda:1``, …; a list of GPUs, which share the work of a call; or ``auto``: the
+                first GPU where there is one, else the CPU.
             threads: CPU threads for a run; by default all that the process may use.
             verify: Check the SHA-256 of every file that is loaded. False is for a service that starts often, from a
                 folder that ``verify_artifact`` has checked since it was last written to.
@@ -107,14 +122,35 @@ class Model:
                 f"{path}: is of kind {self.manifest.kind}, not {self.KIND}; open it with {self.manifest.kind.title()}"
             )
         self._threads = usable_cpus() if threads is None else check_count("threads", threads, MAX_THREADS)
-        self._device = choose_device(device)
-        if device == "auto" and not _fitting(self.manifest, self._device):
-            self._device = "cpu"
-        self.variant = _choose_variant(self._folder, self.manifest, variant, self._device)
         self.max_length = self.manifest.max_length
         tokenizer = check_file(self._folder, self.manifest, TOKENIZER, digest=verify)
         self._tokenizer = Tokenizer(tokenizer, self.max_length, hook)
-        self._opened: _Opened | None = _Opened(os.getpid(), self._open(self._threads, self._verify))
+        self._devices = choose_devices(device)
+        if device == "auto" and not _fitting(self.manifest, self._devices[0]):
+            self._devices = ("cpu",)
+        self._opened: _Opened | None
+        try:
+            self._choose(variant)
+        except ProviderError as error:
+            if device != "auto":
+                raise
+            _say_once(f"running on the CPU: {error}")
+            self._devices = ("cpu",)
+            self._choose(variant)
+
+    def _choose(self, variant: str) -> None:
+        """Open a variant on the devices."""
+        self.variant = _choose_variant(self._folder, self.manifest, variant, self._devices[0])
+        self._tokens = CUDA_TOKENS_PER_RUN if self._on_gpu else MAX_TOKENS_PER_RUN
+        self._opened = self._open_all(self._verify)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._devices != ("cpu",)
+
+    @property
+    def _packing(self) -> Packing | None:
+        return self.manifest.variants[self.variant].packing
 
     def close(self) -> None:
         """Free the memory; calls that are running end well, later ones raise ``InputError``."""
@@ -130,15 +166,19 @@ class Model:
         """Close it."""
         self.close()
 
-    def _open(self, threads: int, verify: bool) -> Session:
+    def _open_all(self, verify: bool) -> _Opened:
+        return _Opened(os.getpid(), tuple(self._open(device, self._threads, verify) for device in self._devices))
+
+    def _open(self, device: str, threads: int, verify: bool) -> Session:
         loaded = self.manifest.variants[self.variant]
         if loaded.data:
             check_file(self._folder, self.manifest, loaded.data, digest=verify)
         graph = check_file(self._folder, self.manifest, loaded.file, digest=verify)
-        session = create_session(graph, self._device, threads)
+        session = create_session(graph, device, threads)
         for output in session.get_outputs():
             width = output.shape[-1]
-            if output.name == "last_hidden_state" and isinstance(width, int) and width != self.manifest.dim:
+            dense = output.name in ("last_hidden_state", POOLED)
+            if dense and isinstance(width, int) and width != self.manifest.dim:
                 raise ArtifactError(
                     f"{self._folder}: its graph gives vectors of {width} dimensions, not {self.manifest.dim}; "
                     "export it again"
@@ -151,7 +191,7 @@ class Model:
             raise InputError(f"the {self.KIND} {self.manifest.name} is closed; open it again")
         if opened.process != os.getpid():
             logger.info("%s: opened again in a forked process", self._folder)
-            self._opened = opened = _Opened(os.getpid(), self._open(self._threads, self._verify))
+            self._opened = opened = self._open_all(self._verify)
         return opened
 
     def _bulk_session(self, opened: _Opened, tokens: int) -> Session | None:
@@ -160,12 +200,12 @@ class Model:
         Only int8 gets one: with two sessions it still has less than the memory of fp32 with one. It is of the very file
         that was loaded, or there is none: a folder that has changed since changes nothing.
         """
-        if self.variant != "int8" or self._device != "cpu" or self._threads == 1:
+        if self.variant != "int8" or self._on_gpu or self._threads == 1:
             return None
         if tokens > MAX_TOKENS_PER_RUN and not opened.tried:
             opened.tried = True  # at once, so that other threads don't open it too; they go on without it meanwhile
             try:
-                opened.bulk = self._open(1, verify=True)
+                opened.bulk = self._open("cpu", 1, verify=True)
             except ArtifactError as error:
                 logger.warning("bulk work is slower, as the artifact is no longer what was loaded: %s", error)
         return opened.bulk
@@ -175,67 +215,165 @@ class Model:
         outputs: Sequence[str],
         ids: Sequence[list[int]],
         types: Sequence[list[int]] | None = None,
-        tokens: int = MAX_TOKENS_PER_RUN,
+        tokens: int | None = None,
     ) -> Iterator[Run]:
-        """Run texts, those of equal length together.
+        """Run texts: packed, or those of equal length together.
 
         Args:
             outputs: Names of the graph's outputs.
             ids: Token ids of each text; one without any is left out.
             types: Token types of each text; all 0 by default.
-            tokens: Most tokens in a run.
+            tokens: Most tokens in a run; by default what suits the device.
 
         Yields:
-            Of each run the places of its texts in ``ids``, their ids, int64 ``(n, tokens)``, and the outputs.
+            Of texts of equal length their places in ``ids``, their ids, int64 ``(n, tokens)``, and the outputs. Without
+            outputs of tokens a packed run is yielded whole, and with no ids.
         """
         opened = self._opened_here()
-        lengths = [len(row) for row in ids]
-        bulk = self._bulk_session(opened, sum(lengths))
-        wide, narrow = plan_threads(lengths, tokens, self._threads if bulk else 1)
-
-        def run(session: Session, places: NDArray[np.intp]) -> tuple[Run, float]:
-            rows = np.array([ids[i] for i in places], np.int64)
-            row_types = None if types is None else np.array([types[i] for i in places], np.int64)
-            start = time.perf_counter()
-            found = run_session(session, outputs, rows, row_types) if rows.size else []
-            return (places, rows, found), time.perf_counter() - start
-
-        first = map(functools.partial(run, opened.session), wide)
-        then = _side_by_side(functools.partial(run, bulk), narrow, self._threads) if bulk else ()
-        for (places, rows, found), seconds in itertools.chain(first, then):
-            if rows.size:
+        work = functools.partial(self._run_batch, outputs, ids, types)
+        for lanes, batches in self._plan(opened, np.array([len(row) for row in ids], np.intp), tokens):
+            for runs, seconds, total in _side_by_side(work, batches, lanes):
                 self._hook("run_seconds", seconds)
                 self._hook("batches", 1)
-                self._hook("texts", len(rows))
-                self._hook("tokens", rows.size)
-                yield places, rows, found
+                self._hook("texts", sum(len(places) for places, _, _ in runs))
+                self._hook("tokens", total)
+                yield from runs
+
+    def _plan(
+        self, opened: _Opened, lengths: NDArray[np.intp], tokens: int | None
+    ) -> list[tuple[Sequence[Session], list[NDArray[np.intp]]]]:
+        """Batches, and the sessions that take them, each one at a time but as often as it is named."""
+        most = min(tokens or self._tokens, self._tokens)
+        (places,) = np.nonzero(lengths)  # a text without tokens, which only tokenizers without special tokens give
+        lengths = lengths[places]
+        bulk = None
+        if self._packing:
+            plan = [(opened.sessions * IN_FLIGHT, plan_packed(lengths, most))]
+        elif self._on_gpu:
+            plan = [(opened.sessions * IN_FLIGHT, plan_batches(lengths, most))]
+        else:
+            bulk = self._bulk_session(opened, int(lengths.sum()))
+            wide, narrow = plan_threads(lengths, most, self._threads if bulk else 1)
+            plan = [(opened.sessions, wide), ((bulk,) * self._threads if bulk else (), narrow)]
+        return [(lanes, [places[batch] for batch in batches]) for lanes, batches in plan if batches]
+
+    def _run_batch(
+        self,
+        outputs: Sequence[str],
+        ids: Sequence[list[int]],
+        types: Sequence[list[int]] | None,
+        session: Session,
+        places: NDArray[np.intp],
+    ) -> tuple[list[Run], float, int]:
+        """Run some of the texts; those that are too much at once, in halves.
+
+        Returns:
+            What ``_run`` yields of them, the seconds it took, and their tokens.
+        """
+        rows = [ids[i] for i in places]
+        row_types = None if types is None else [types[i] for i in places]
+        total = sum(map(len, rows))
+        start = time.perf_counter()
+        runs: list[Run]
+        try:
+            if self._packing:
+                feeds = pack(rows, row_types, self._packing.padding_id)
+                found = run_feeds(session, outputs, feeds, f"{len(rows)} texts of {total} tokens")
+                runs = by_length(outputs, found, places, rows)
+            else:
+                held = np.array(rows, np.int64)
+                held_types = None if row_types is None else np.array(row_types, np.int64)
+                runs = [(places, held, run_session(session, outputs, held, held_types))]
+        except RunError:
+            if len(places) == 1:
+                raise
+            self._tokens = max(self._tokens // 2, MAX_TOKENS_PER_RUN // 4)
+            _say_once(f"{self._folder}: runs are halved, since one failed, most likely for want of memory")
+            middle = len(places) // 2
+            halves = [
+                self._run_batch(outputs, ids, types, session, half) for half in (places[:middle], places[middle:])
+            ]
+            runs = [run for found_runs, _, _ in halves for run in found_runs]
+        return runs, time.perf_counter() - start, total
+
+    def _ahead(
+        self, items: Sequence[Given], encode: Callable[[Sequence[Given], int], Done]
+    ) -> Iterator[tuple[int, Done]]:
+        """Tokenise what there is; for a GPU piece by piece, the next while it is busy with the one before.
+
+        Args:
+            items: Texts or pairs.
+            encode: Tokenises some of them, of which the first has this place.
+
+        Yields:
+            Each piece's place, and what ``encode`` made of it.
+        """
+        first, most = AHEAD
+        if not self._on_gpu or len(items) <= first:
+            yield 0, encode(items, 0)
+            return
+        starts = [0, *range(first, len(items), most)]
+        with ThreadPoolExecutor(1) as thread:
+            following = thread.submit(encode, items[:first], 0)
+            for start, end in zip(starts, [*starts[1:], len(items)], strict=True):
+                current = following.result()
+                if end < len(items):
+                    following = thread.submit(encode, items[end : end + most], end)
+                yield start, current
 
 
-def _side_by_side(work: Callable[[Given], Done], items: Sequence[Given], threads: int) -> Iterator[Done]:
-    """Of each item what the work makes of it, in order, with no more than two items a thread begun and not yielded."""
-    with ThreadPoolExecutor(threads) as pool:
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _side_by_side(
+    work: Callable[[Session, Given], Done], items: Sequence[Given], lanes: Sequence[Session]
+) -> Iterator[Done]:
+    """Of each item what the work makes of it, in order, with no more than two items a lane begun and not yielded.
+
+    Args:
+        work: Takes a lane and an item.
+        items: What is worked on.
+        lanes: What the work is done with; each serves one item at a time.
+    """
+    if len(lanes) == 1 or len(items) == 1:
+        yield from (work(lanes[0], item) for item in items)
+        return
+    free: SimpleQueue[Session] = SimpleQueue()
+    for lane in lanes:
+        free.put(lane)
+
+    def take(item: Given) -> Done:
+        lane = free.get()
+        try:
+            return work(lane, item)
+        finally:
+            free.put(lane)
+
+    with ThreadPoolExecutor(len(lanes)) as pool:
         begun: deque[Future[Done]] = deque()
         for item in items:
-            begun.append(pool.submit(work, item))
-            if len(begun) == 2 * threads:
+            begun.append(pool.submit(take, item))
+            if len(begun) == 2 * len(lanes):
                 yield begun.popleft().result()
         while begun:
             yield begun.popleft().result()
 
 
 def _fitting(manifest: Manifest, device: str) -> list[str]:
-    return [name for name, variant in manifest.variants.items() if PROVIDERS[device] in variant.providers]
+    return [name for name, variant in manifest.variants.items() if provider_of(device) in variant.providers]
 
 
 def _choose_variant(folder: Path, manifest: Manifest, variant: str, device: str) -> str:
-    fitting = _fitting(manifest, device)
+    fitting, preferred = _fitting(manifest, device), PREFERENCE[device.partition(":")[0]]
     if variant == "auto":
-        for name in (*PREFERENCE[device], *fitting):
+        for name in (*preferred, *fitting):
             if name in fitting:
                 return name
     elif variant in fitting:
         return variant
-    wanted = PREFERENCE[device][-1] if variant == "auto" else variant
+    wanted = preferred[-1] if variant == "auto" else variant
     raise ArtifactError(
         f"{folder}: no variant {variant!r} for {device}, only {', '.join(manifest.variants)}; "
         f"export it with --variants {wanted}"

@@ -101,11 +101,18 @@ class Reranker(Model):
 
     def _logits(self, pairs: Sequence[tuple[str, str]], truncate: bool = True, first: int = 0) -> NDArray[np.float32]:
         """Raw logits, float32 ``(n,)``."""
-        encoded = self._tokenizer.encode_pairs(pairs, truncate, first)
         logits = np.empty(len(pairs), np.float32)
-        for places, _, (found,) in self._run(["logits"], [ids for ids, _ in encoded], [types for _, types in encoded]):
-            logits[places] = found[:, 0]
+        encode = functools.partial(self._encode_ids, truncate, first)
+        for start, encoded in self._ahead(pairs, encode):
+            ids, types = [ids for ids, _ in encoded], [types for _, types in encoded]
+            for places, _, (found,) in self._run(["logits"], ids, types):
+                logits[start + places] = found[:, 0]
         return logits
+
+    def _encode_ids(
+        self, truncate: bool, first: int, pairs: Sequence[tuple[str, str]], start: int
+    ) -> list[tuple[list[int], list[int]]]:
+        return self._tokenizer.encode_pairs(pairs, truncate, first + start)
 
 
 def _scores(logits: NDArray[np.float32], normalize: bool, single: bool) -> list[float] | float:

@@ -1,13 +1,16 @@
 """ONNX Runtime sessions: the provider that was asked for, and threads that the process may really use."""
 
+import contextlib
 import ctypes
 import importlib.metadata
+import io
 import logging
 import os
+import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +30,14 @@ except ImportError as missing:
 logger = logging.getLogger(__name__)
 
 Session: TypeAlias = onnxruntime.InferenceSession
-Device = Literal["auto", "cpu", "cuda"]
 SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 """All that are open in this process."""
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CUDA_OPTIONS = {
+    "enable_skip_layer_norm_strict_mode": "1",  # sums in float32; without it in fp16
+    "use_tf32": "0",  # fp32 means fp32
+}
+"""Options of ONNX Runtime's CUDA provider."""
 
 
 def _abandon() -> None:
@@ -54,41 +61,66 @@ def usable_cpus() -> int:
     return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
 
 
-def choose_device(device: str) -> Literal["cpu", "cuda"]:
-    """``cpu`` or ``cuda``; ``auto`` takes CUDA where the installed ONNX Runtime has it.
+def choose_devices(device: str | Sequence[str]) -> tuple[str, ...]:
+    """The devices to run on, such as ``("cpu",)`` or ``("cuda:0", "cuda:1")``.
+
+    Args:
+        device: ``cpu``, ``cuda`` (the first GPU), ``cuda:1``, …, a list of GPUs, or ``auto``: the first GPU where the
+            installed ONNX Runtime has CUDA, else the CPU.
 
     Raises:
-        ProviderError: Another word, or CUDA without an onnxruntime that has it.
+        ProviderError: Something else, or CUDA without an onnxruntime that has it.
     """
     available = PROVIDERS["cuda"] in onnxruntime.get_available_providers()
-    match device:
-        case "auto":
-            return "cuda" if available else "cpu"
-        case "cpu":
-            return "cpu"
-        case "cuda" if available:
-            return "cuda"
-        case "cuda":
-            raise ProviderError(f"device 'cuda': {_why_no_cuda()}")
-        case _:
-            raise ProviderError(f"device {device!r} is unknown; it is 'auto', 'cpu' or 'cuda'")
+    if device == "auto":
+        return ("cuda:0",) if available else ("cpu",)
+    named = [device] if isinstance(device, str) else list(device)
+    if named == ["cpu"]:
+        return ("cpu",)
+    if not named or not all(isinstance(name, str) and re.fullmatch(r"cuda(:\d{1,3})?", name) for name in named):
+        raise ProviderError(f"device {device!r} is unknown; it is 'auto', 'cpu', 'cuda', 'cuda:1', … or a list of GPUs")
+    if not available:
+        raise ProviderError(f"device {device!r}: {_why_no_cuda()}")
+    return tuple(dict.fromkeys("cuda:0" if name == "cuda" else name for name in named))
+
+
+def provider_of(device: str) -> str:
+    """The execution provider of one of ``choose_devices``."""
+    return PROVIDERS[device.partition(":")[0]]
 
 
 def _why_no_cuda() -> str:
-    installed = []
-    for package in ("onnxruntime", "onnxruntime-gpu"):
-        try:
-            installed.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    """Why CUDA isn't available, and the cure."""
+    installed = _installed()
     if len(installed) == 2:
         return (
             f"{' and '.join(installed)} are both installed and overwrite each other; "
-            "run: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install bge-onnx[gpu]"
+            "run: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'bge-onnx[gpu]'"
         )
     return (
         f"the installed {installed[0] if installed else 'onnxruntime'} has no CUDA provider; "
-        "run: pip uninstall -y onnxruntime, then pip install bge-onnx[gpu]"
+        "run: pip uninstall -y onnxruntime, then pip install 'bge-onnx[gpu]'"
+    )
+
+
+def _installed() -> list[str]:
+    """The onnxruntime packages that are installed, with their versions."""
+    found = []
+    for package in ("onnxruntime", "onnxruntime-gpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return found
+
+
+def _cuda_fails(device: str, cause: str) -> ProviderError:
+    """The error of a CUDA provider that is there and doesn't run."""
+    from onnxruntime.capi import build_and_package_info as build
+
+    needs = f"CUDA {getattr(build, 'cuda_version', '?')} and cuDNN {getattr(build, 'cudnn_version', '9')}"
+    both = "; onnxruntime and onnxruntime-gpu are both installed: remove both first" if len(_installed()) == 2 else ""
+    return ProviderError(
+        f"device {device!r}: onnxruntime {onnxruntime.__version__} can't use it ({cause}); it needs an NVIDIA driver, "
+        f"{needs}, which pip install 'onnxruntime-gpu[cuda,cudnn]' brings{both}; or pass device='cpu'"
     )
 
 
@@ -110,44 +142,54 @@ def run_session(
         ArtifactError: The graph doesn't know a token id.
         RunError: ONNX Runtime failed, most often for want of memory.
     """
-    feeds = {}
-    for name in (entry.name for entry in session.get_inputs()):
-        match name:
-            case "input_ids":
-                feeds[name] = ids
-            case "attention_mask":
-                feeds[name] = np.ones_like(ids)
-            case "token_type_ids":
-                feeds[name] = np.zeros_like(ids) if token_types is None else token_types
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    feeds["token_type_ids"] = np.zeros_like(ids) if token_types is None else token_types
+    return run_feeds(session, outputs, feeds, f"{len(ids)} texts of {ids.shape[1]} tokens")
+
+
+def run_feeds(session: Session, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]], what: str) -> list[Any]:
+    """Run a graph, and compute no more than the outputs need.
+
+    Args:
+        session: The graph.
+        outputs: Names of its outputs.
+        feeds: Its inputs, and perhaps others that it hasn't.
+        what: Describes them in error messages.
+
+    Returns:
+        Each output.
+
+    Raises:
+        ArtifactError: The graph doesn't know a token id.
+        RunError: ONNX Runtime failed, most often for want of memory.
+    """
+    taken = {entry.name: feeds[entry.name] for entry in session.get_inputs()}
     options = onnxruntime.RunOptions()
     options.only_execute_path_to_fetches = True
     try:
-        held: list[Any] = session.run(list(outputs), feeds, options)
+        held: list[Any] = session.run(list(outputs), taken, options)
     except Exception as error:  # onnxruntime's errors share no public base
         cause = str(error).splitlines()[0][:300]
         if "out of data bounds" in cause:
             raise ArtifactError(
-                f"a token id up to {ids.max()} is not in the graph's vocabulary ({cause}); tokenizer.json and the "
-                "graph don't belong together, export the model again"
+                f"a token id up to {feeds['input_ids'].max()} is not in the graph's vocabulary ({cause}); "
+                "tokenizer.json and the graph don't belong together, export the model again"
             ) from None
-        raise RunError(
-            f"onnxruntime failed on {len(ids)} texts of {ids.shape[1]} tokens ({cause}); free some memory or pass "
-            "shorter texts"
-        ) from None
+        raise RunError(f"onnxruntime failed on {what} ({cause}); free some memory or pass shorter texts") from None
     return held
 
 
-def create_session(path: Path, device: Literal["cpu", "cuda"], threads: int) -> Session:
+def create_session(path: Path, device: str, threads: int) -> Session:
     """A session on exactly the device that was asked for.
 
     Args:
         path: The ONNX file.
-        device: As ``choose_device`` gave it.
+        device: One of ``choose_devices``.
         threads: Intra-op threads.
 
     Raises:
         ArtifactError: The file is not a graph that this ONNX Runtime can load.
-        ProviderError: ONNX Runtime fell back to another provider.
+        ProviderError: The device can't be had.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -156,20 +198,25 @@ def create_session(path: Path, device: Literal["cpu", "cuda"], threads: int) -> 
     # It plans memory for each shape that comes, and lengths are many: 40 MB more for MiniLM, and no speed.
     options.enable_mem_pattern = False
     options.log_severity_level = 3
-    if device == "cuda":
-        onnxruntime.preload_dlls()
-    providers = [PROVIDERS[device]] if device == "cpu" else [PROVIDERS["cuda"], PROVIDERS["cpu"]]
+    kind, _, number = device.partition(":")
+    if kind == "cuda":
+        options.log_severity_level = 4  # what fails is raised below
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it doesn't find
+            onnxruntime.preload_dlls()
+        cuda = CUDA_OPTIONS | {"device_id": number}
+        providers: list[Any] = [(PROVIDERS["cuda"], cuda), PROVIDERS["cpu"]]
+    else:
+        providers = [PROVIDERS["cpu"]]
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's errors share no public base
-        cause = str(error).splitlines()[0]
+        cause = str(error).splitlines()[0][:300]
+        if kind == "cuda" and re.search("cuda|cudnn|cublas|find an implementation", cause, re.IGNORECASE):
+            raise _cuda_fails(device, cause) from None
         raise ArtifactError(
             f"{path}: onnxruntime {onnxruntime.__version__} can't load it ({cause}); upgrade it or export again"
         ) from None
-    if session.get_providers()[0] != PROVIDERS[device]:
-        raise ProviderError(
-            f"device {device!r}: onnxruntime {onnxruntime.__version__} fell back to {session.get_providers()[0]}; its "
-            "CUDA or cuDNN libraries don't load: run pip install 'onnxruntime-gpu[cuda,cudnn]', or pass device='cpu'"
-        )
+    if session.get_providers()[0] != provider_of(device):
+        raise _cuda_fails(device, f"it fell back to {session.get_providers()[0]}")
     SESSIONS.add(session)
     return session

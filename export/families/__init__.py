@@ -13,6 +13,7 @@ from export.encoder import build_encoder
 from export.errors import ExportError
 from export.graph import Graph, Loader
 from export.layers import Weights
+from export.packed import build_packed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,12 +26,14 @@ class Family:
             or ``bias``. Where one weight holds several of ours, ``[1/3]`` at the end is the second third of its rows.
         prefix: What a checkpoint with a head puts before the encoder's weight names.
         build: The emitter, from its configuration, the weights and the outputs to the graph.
+        pack: The emitter of fp16 for CUDA, which also takes the pooling, or None where there is none.
     """
 
     config: Callable[[Mapping[str, object]], Any]
     weights: Mapping[str, str]
     prefix: str
     build: Callable[..., Graph] = build_encoder
+    pack: Callable[..., Graph] | None = build_packed
 
 
 def find_family(model_type: str) -> Family | None:

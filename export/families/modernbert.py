@@ -68,4 +68,4 @@ WEIGHTS = {
     "mlm.bias": "decoder.bias",
 }
 
-FAMILY = Family(config=config, weights=WEIGHTS, prefix="model.", build=build_prenorm)
+FAMILY = Family(config=config, weights=WEIGHTS, prefix="model.", build=build_prenorm, pack=None)

@@ -1,0 +1,227 @@
+"""The post-norm encoder for CUDA: fp16, the tokens of all texts in one row without padding, pooled on the device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from export.encoder import EncoderConfig, attention_bias, position_table, score_head
+from export.errors import ExportError
+from export.graph import MICROSOFT, Graph, Loader, float_value, int_value
+from export.layers import Weights, activate, checked, linear, parameter
+from runtime.manifest import Output, Pooling
+from runtime.packing import POOLED
+
+HEADS = "head."
+"""What the names of weights that stay fp32 begin with: score heads cost nothing and decide everything."""
+EVERY = np.iinfo(np.int64).max
+
+
+def build_packed(config: EncoderConfig, weight: Weights, outputs: Sequence[Output], pooling: Pooling | None) -> Graph:
+    """The encoder in fp16, from the inputs that ``runtime.packing.pack`` makes to each of the outputs in float32.
+
+    ``PackedMultiHeadAttention`` keeps texts apart by ``cumulative_lengths``. The keys' bias shifts all of a query's
+    scores alike, so that the softmax takes no notice: it is left out. The values' passes through the softmax as it is,
+    and goes into the next linear's. What follows a linear takes its bias along, since on CUDA ``Gemm`` takes a pass
+    over the outputs for it.
+
+    Args:
+        config: The encoder's shape.
+        weight: The checkpoint's, by our names.
+        outputs: What the graph gives. Of ``last_hidden_state`` it gives the pooled ``sentence_embedding`` instead,
+            (texts, hidden); ``token_weights`` and ``token_vectors`` are of all tokens, (tokens, …).
+        pooling: How it pools.
+
+    Raises:
+        ExportError: A pooling or output that can't be packed, or (of a weight's loader) a weight beyond fp16's range.
+    """
+    if pooling == "max" or "vocabulary_weights" in outputs:
+        what = "max pooling" if pooling == "max" else "SPLADE"
+        raise ExportError(f"fp16 doesn't do {what} yet; leave it out with --variants fp32,int8")
+    pairs = "logits" in outputs and config.token_types > 1
+    shapes = {
+        "input_ids": ("tokens",),
+        **({"token_type_ids": ("tokens",)} if pairs else {}),
+        "positions": ("tokens",),
+        "text_starts": ("tokens",),
+        "token_offset": ("texts", "longest"),
+        "cumulative_lengths": ("ends",),
+    }
+    graph = Graph(inputs=[int_value(name, *shape, kind=TensorProto.INT32) for name, shape in shapes.items()])
+    x = _embeddings(graph, config, weight, pairs)
+    bias = _bias(graph, config, weight) if config.relative_buckets else ""
+    for i in range(config.layers):
+        x = _layer(graph, config, weight, f"layer.{i}", x, bias)
+    starts = graph.add("Slice", "cumulative_lengths", graph.integers([0]), graph.integers([-1]), name="starts")
+    for output in outputs:
+        _output(graph, config, weight, output, x, starts, pooling)
+    used = {value for node in graph.nodes for value in node.input}
+    graph.inputs = [entry for entry in graph.inputs if entry.name in used]
+    graph.weights = {n: load if n.startswith(HEADS) else _half(n, load) for n, load in graph.weights.items()}
+    return graph
+
+
+def _half(name: str, load: Loader) -> Loader:
+    def half() -> np.ndarray:
+        array = load()
+        if array.dtype != np.float32:
+            return array
+        with np.errstate(over="ignore"):
+            halved = array.astype(np.float16)
+        if not np.isfinite(halved).all():
+            raise ExportError(f"weight {name} is beyond fp16's range; leave fp16 out with --variants fp32,int8")
+        return halved
+
+    return half
+
+
+def _embeddings(graph: Graph, config: EncoderConfig, weight: Weights, pairs: bool) -> str:
+    """Embedded tokens, (tokens, hidden)."""
+    table, first = position_table(config, weight, pairs), config.pad or 0  # what the padding token has is place 0
+    x = graph.add("Gather", parameter(graph, weight, "embeddings.word", config.vocab, config.hidden), "input_ids")
+    places = graph.add("Gather", graph.weight("embeddings.position", lambda: table()[first:]), "positions")
+    if pairs:
+        types = parameter(graph, weight, "embeddings.token_type", config.token_types, config.hidden)
+        places = graph.add("Add", places, graph.add("Gather", types, "token_type_ids"))
+    return _norm(graph, config, weight, "embeddings.norm", x, places)
+
+
+def _bias(graph: Graph, config: EncoderConfig, weight: Weights) -> str:
+    graph.add("Gather", graph.add("Shape", "token_offset"), graph.integers([1]), name="tokens")
+    return attention_bias(graph, config, weight)
+
+
+def _layer(graph: Graph, config: EncoderConfig, weight: Weights, layer: str, x: str, bias: str) -> str:
+    hidden, wide = config.hidden, config.intermediate
+
+    def attention_bias() -> np.ndarray:
+        matrix = checked(weight, f"{layer}.attention.weight", hidden, hidden)()
+        value = checked(weight, f"{layer}.value.bias", hidden)()
+        return checked(weight, f"{layer}.attention.bias", hidden)() + matrix @ value
+
+    query = linear(graph, weight, f"{layer}.query", x, hidden, hidden)
+    key, value = (linear(graph, weight, f"{layer}.{part}", x, hidden, hidden, bias=False) for part in ("key", "value"))
+    inputs = [query, key, value, "", "token_offset", "cumulative_lengths", *([bias] if bias else [])]
+    attended = graph.add("PackedMultiHeadAttention", *inputs, domain=MICROSOFT, num_heads=config.heads)
+    attended = linear(graph, weight, f"{layer}.attention", attended, hidden, hidden, bias=False)
+    shift = graph.weight(f"{layer}.attention.bias", attention_bias)
+    x = _norm(graph, config, weight, f"{layer}.attention_norm", attended, x, shift)
+    gelu = config.activation == "gelu"
+    up = linear(graph, weight, f"{layer}.up", x, hidden, wide, bias=not gelu)
+    if gelu:
+        up = graph.add("BiasGelu", up, parameter(graph, weight, f"{layer}.up.bias", wide), domain=MICROSOFT)
+    else:
+        up = activate(graph, config.activation, up)
+    down = linear(graph, weight, f"{layer}.down", up, wide, hidden, bias=False)
+    return _norm(
+        graph, config, weight, f"{layer}.norm", down, x, parameter(graph, weight, f"{layer}.down.bias", hidden)
+    )
+
+
+def _norm(graph: Graph, config: EncoderConfig, weight: Weights, name: str, x: str, skip: str, *bias: str) -> str:
+    """The layer normalisation of a sum; the runtime has its strict mode on, which accumulates in float32."""
+    scale = [parameter(graph, weight, f"{name}.{part}", config.hidden) for part in ("weight", "bias")]
+    return graph.add("SkipLayerNormalization", x, skip, *scale, *bias, domain=MICROSOFT, epsilon=config.norm_eps)
+
+
+def _output(
+    graph: Graph, config: EncoderConfig, weight: Weights, output: Output, x: str, starts: str, pooling: Pooling | None
+) -> None:
+    """Emit what makes an output of the last hidden states ``x``, (tokens, hidden)."""
+    if output == "token_vectors":
+        vectors = linear(graph, weight, "colbert", x, config.hidden, config.hidden)
+        graph.add("Cast", vectors, name=output, to=TensorProto.FLOAT)
+        graph.outputs.append(float_value(output, "tokens", config.hidden))
+    elif output == "token_weights":
+        states = graph.add("Cast", x, to=TensorProto.FLOAT)
+        weights = graph.add("Relu", linear(graph, weight, f"{HEADS}sparse", states, config.hidden, 1))
+        graph.add("Reshape", weights, graph.integers([-1]), name=output)
+        graph.outputs.append(float_value(output, "tokens"))
+    elif output == "logits":
+        first = graph.add("Cast", graph.add("Gather", x, starts), to=TensorProto.FLOAT)
+        score_head(graph, config, weight, first)
+    else:
+        graph.add("Cast", _pooled(graph, x, starts, pooling), name=POOLED, to=TensorProto.FLOAT)
+        graph.outputs.append(float_value(POOLED, "texts", config.hidden))
+
+
+def _pooled(graph: Graph, x: str, starts: str, pooling: Pooling | None) -> str:
+    """One state for each text, (texts, hidden)."""
+    if pooling == "cls":
+        return graph.add("Gather", x, starts)
+    ends = graph.add("Slice", "cumulative_lengths", graph.integers([1]), graph.integers([EVERY]))
+    if pooling == "last_token":
+        one = graph.weight("one", np.array(1, np.int32))
+        return graph.add("Gather", x, graph.add("Sub", ends, one))
+    # A text's row of this matrix has its tokens' shares, so that sums stay in range. The product is a tensor core's,
+    # accumulates in float32, and costs less than a hundredth of the encoder.
+    column = graph.integers([1])
+    own = graph.add("Equal", graph.add("Unsqueeze", starts, column), "text_starts")
+    shares = graph.add("Cast", own, to=TensorProto.FLOAT16)
+    lengths = graph.add("Cast", graph.add("Sub", ends, starts), to=TensorProto.FLOAT16)
+    return graph.add("MatMul", graph.add("Div", shares, graph.add("Unsqueeze", lengths, column)), x)
+
+
+def on_any_provider(graph: Graph) -> Graph:
+    """A packed graph as every provider can run it, with its fp16 weights in fp32.
+
+    It shows on a machine without a GPU that the graph and its rounded weights are right. What it can't show is fp16
+    arithmetic.
+    """
+    result = Graph(list(graph.inputs), graph.outputs, [], {name: _whole(load) for name, load in graph.weights.items()})
+    places = {"positions": ("tokens",), "text_starts": ("tokens",)}
+    given = {entry.name for entry in graph.inputs}
+    result.inputs += [
+        int_value(name, *shape, kind=TensorProto.INT32) for name, shape in places.items() if name not in given
+    ]
+    apart = ""
+    for node in graph.nodes:
+        if node.op_type == "PackedMultiHeadAttention":
+            apart = apart or _apart(result)
+            _attend(result, node, apart)
+            continue
+        if node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT16:
+            node = helper.make_node("Cast", node.input, node.output, node.name, to=TensorProto.FLOAT)
+        result.nodes.append(node)
+    return result
+
+
+def _whole(load: Loader) -> Loader:
+    def whole() -> np.ndarray:
+        array = load()
+        return array.astype(np.float32) if array.dtype == np.float16 else array
+
+    return whole
+
+
+def _apart(graph: Graph) -> str:
+    """What hides the tokens of one text from another's, (tokens, tokens)."""
+    column = graph.add("Unsqueeze", "text_starts", graph.integers([1]), name="apart.column")
+    shown, hidden = (graph.weight(str(value), np.array(value, np.float32)) for value in (0.0, -np.inf))
+    together = graph.add("Equal", column, "text_starts", name="apart.together")
+    return graph.add("Where", together, shown, hidden, name="apart")
+
+
+def _attend(graph: Graph, node: onnx.NodeProto, apart: str) -> None:
+    """``PackedMultiHeadAttention`` in plain operators; its memory grows with the square of all tokens."""
+
+    def add(op: str, *inputs: str, **attributes: Any) -> str:  # noqa: ANN401
+        return graph.add(op, *inputs, name=f"{node.name}.{len(graph.nodes)}", **attributes)
+
+    heads = next(attribute.i for attribute in node.attribute if attribute.name == "num_heads")
+    split = graph.integers([0, heads, -1])
+    query, key, value = (add("Reshape", part, split) for part in node.input[:3])
+    size = add("Gather", add("Shape", query), graph.integers(2))
+    query, value = (add("Transpose", part, perm=[1, 0, 2]) for part in (query, value))
+    scores = add("MatMul", query, add("Transpose", key, perm=[1, 2, 0]))
+    scores = add("Div", scores, add("Sqrt", add("Cast", size, to=TensorProto.FLOAT)))
+    if len(node.input) > 6:
+        bias = add("Squeeze", node.input[6], graph.integers([0]))
+        for axis in (1, 2):
+            bias = add("Gather", bias, "positions", axis=axis)
+        scores = add("Add", scores, bias)
+    attended = add("MatMul", add("Softmax", add("Add", scores, apart), axis=-1), value)
+    attended = add("Transpose", attended, perm=[1, 0, 2])
+    graph.add("Reshape", attended, graph.integers([0, -1]), name=node.output[0])
