@@ -171,16 +171,12 @@ def on_any_provider(graph: Graph) -> Graph:
     arithmetic.
     """
     result = Graph(list(graph.inputs), graph.outputs, [], {name: _whole(load) for name, load in graph.weights.items()})
-    places = {"positions": ("tokens",), "text_starts": ("tokens",)}
-    given = {entry.name for entry in graph.inputs}
-    result.inputs += [
-        int_value(name, *shape, kind=TensorProto.INT32) for name, shape in places.items() if name not in given
-    ]
-    apart = ""
+    if not any(entry.name == "text_starts" for entry in graph.inputs):
+        result.inputs.append(int_value("text_starts", "tokens", kind=TensorProto.INT32))
+    _keep_apart(result)
     for node in graph.nodes:
         if node.op_type == "PackedMultiHeadAttention":
-            apart = apart or _apart(result)
-            _attend(result, node, apart)
+            _attend(result, node)
             continue
         if node.op_type == "Cast" and node.attribute[0].i == TensorProto.FLOAT16:
             node = helper.make_node("Cast", node.input, node.output, node.name, to=TensorProto.FLOAT)
@@ -196,15 +192,18 @@ def _whole(load: Loader) -> Loader:
     return whole
 
 
-def _apart(graph: Graph) -> str:
-    """What hides the tokens of one text from another's, (tokens, tokens)."""
+def _keep_apart(graph: Graph) -> None:
+    """Name ``apart``, which hides one text's tokens from another's, (tokens, tokens), and their ``places`` in each."""
     column = graph.add("Unsqueeze", "text_starts", graph.integers([1]), name="apart.column")
     shown, hidden = (graph.weight(str(value), np.array(value, np.float32)) for value in (0.0, -np.inf))
-    together = graph.add("Equal", column, "text_starts", name="apart.together")
-    return graph.add("Where", together, shown, hidden, name="apart")
+    graph.add("Where", graph.add("Equal", column, "text_starts", name="apart.same"), shown, hidden, name="apart")
+    tokens = graph.add("Squeeze", graph.add("Shape", "text_starts", name="apart.shape"), name="apart.tokens")
+    rows = graph.add("Range", graph.integers(0), tokens, graph.integers(1), name="apart.rows")
+    starts = graph.add("Cast", "text_starts", name="apart.starts", to=TensorProto.INT64)
+    graph.add("Sub", rows, starts, name="places")
 
 
-def _attend(graph: Graph, node: onnx.NodeProto, apart: str) -> None:
+def _attend(graph: Graph, node: onnx.NodeProto) -> None:
     """``PackedMultiHeadAttention`` in plain operators; its memory grows with the square of all tokens."""
 
     def add(op: str, *inputs: str, **attributes: Any) -> str:  # noqa: ANN401
@@ -220,8 +219,8 @@ def _attend(graph: Graph, node: onnx.NodeProto, apart: str) -> None:
     if len(node.input) > 6:
         bias = add("Squeeze", node.input[6], graph.integers([0]))
         for axis in (1, 2):
-            bias = add("Gather", bias, "positions", axis=axis)
+            bias = add("Gather", bias, "places", axis=axis)
         scores = add("Add", scores, bias)
-    attended = add("MatMul", add("Softmax", add("Add", scores, apart), axis=-1), value)
+    attended = add("MatMul", add("Softmax", add("Add", scores, "apart"), axis=-1), value)
     attended = add("Transpose", attended, perm=[1, 0, 2])
     graph.add("Reshape", attended, graph.integers([0, -1]), name=node.output[0])

@@ -19,7 +19,7 @@ from export.card import model_card
 from export.catalog import read_json
 from export.errors import ExportError, first_line
 from export.families import Family, find_family, weight_finder
-from export.graph import Graph
+from export.graph import Graph, load_graph
 from export.packed import on_any_provider
 from export.precision import Cosines, cosines_of, spend_precision
 from export.quantize import Quantized, find_linears, quantize_graph, quantize_linears
@@ -153,7 +153,7 @@ def export_model(
         proven = {}
         for i, variant in enumerate(variants):
             progress(f"verifying {variant}", 0.85 + 0.1 * i / len(variants))
-            proven[variant] = verify(stage, manifest, variant, packed, reference)
+            proven[variant] = verify(stage, manifest, variant, reference)
         progress("writing the artifact", 0.97)
         manifest = dataclasses.replace(manifest, variants=proven)
         (stage / MANIFEST).write_text(manifest.to_json(), "utf-8")
@@ -268,27 +268,29 @@ def write_variant(name: str, graph: Graph, stage: Path, **described: Any) -> Var
     )
 
 
-def verify(stage: Path, manifest: Manifest, name: str, packed: Graph | None, reference: Answers) -> Variant:
-    """A variant with what it was found to be worth, on the device that it is for where that can be had.
-
-    Without a GPU, a packed graph's stand-in for any provider answers instead.
-    """
+def verify(stage: Path, manifest: Manifest, name: str, reference: Answers) -> Variant:
+    """A variant with its parity, measured on a GPU where it is for one, or else by its stand-in."""
     variant, texts, cpu, cuda = manifest.variants[name], verification_texts(), *PROVIDERS["fp32"]
-    if not packed or name != "fp16":
+    if cpu in variant.providers:
         return dataclasses.replace(variant, parity=verify_variant(stage, name, reference, texts), verified_on=cpu)
     with contextlib.suppress(ProviderError):
         parity = verify_variant(stage, name, reference, texts, device="cuda")
         return dataclasses.replace(variant, parity=parity, verified_on=cuda)
     with tempfile.TemporaryDirectory(prefix="bge-onnx-") as scratch:
-        folder = Path(scratch)
-        shutil.copy(stage / TOKENIZER, folder)
-        data = on_any_provider(packed).save(folder / variant.file)
-        here = dataclasses.replace(variant, data=data.name if data else None, providers=(cpu,))
-        files = {path.name: describe_file(path) for path in folder.iterdir()}
-        stand_in = dataclasses.replace(manifest, variants={name: here}, files=files)
-        (folder / MANIFEST).write_text(stand_in.to_json(), "utf-8")
-        parity = verify_variant(folder, name, reference, texts)
+        parity = verify_variant(write_stand_in(stage, manifest, name, Path(scratch)), name, reference, texts)
     return dataclasses.replace(variant, parity=parity, verified_on=cpu)
+
+
+def write_stand_in(artifact: Path, manifest: Manifest, name: str, folder: Path) -> Path:
+    """Make a folder an artifact with one packed variant, in the form that runs on a CPU too."""
+    variant = manifest.variants[name]
+    shutil.copy(artifact / TOKENIZER, folder)
+    data = on_any_provider(load_graph(artifact / variant.file)).save(folder / variant.file)
+    here = dataclasses.replace(variant, data=data.name if data else None, providers=PROVIDERS["fp32"])
+    files = {path.name: describe_file(path) for path in folder.iterdir()}
+    stand_in = dataclasses.replace(manifest, variants={name: here}, files=files)
+    (folder / MANIFEST).write_text(stand_in.to_json(), "utf-8")
+    return folder
 
 
 def write_manifest(

@@ -29,6 +29,7 @@ from runtime.session import (
     provider_of,
     run_feeds,
     run_session,
+    say_once,
     usable_cpus,
 )
 from runtime.tokenizer import Tokenizer
@@ -134,7 +135,7 @@ class Model:
         except ProviderError as error:
             if device != "auto":
                 raise
-            _say_once(f"running on the CPU: {error}")
+            say_once(f"running on the CPU: {error}")
             self._devices = ("cpu",)
             self._choose(variant)
 
@@ -246,15 +247,15 @@ class Model:
         most = min(tokens or self._tokens, self._tokens)
         (places,) = np.nonzero(lengths)  # a text without tokens, which only tokenizers without special tokens give
         lengths = lengths[places]
-        bulk = None
+        lanes = opened.sessions * (IN_FLIGHT if self._on_gpu else 1)
         if self._packing:
-            plan = [(opened.sessions * IN_FLIGHT, plan_packed(lengths, most))]
+            plan = [(lanes, plan_packed(lengths, most))]
         elif self._on_gpu:
-            plan = [(opened.sessions * IN_FLIGHT, plan_batches(lengths, most))]
+            plan = [(lanes, plan_batches(lengths, most))]
         else:
             bulk = self._bulk_session(opened, int(lengths.sum()))
             wide, narrow = plan_threads(lengths, most, self._threads if bulk else 1)
-            plan = [(opened.sessions, wide), ((bulk,) * self._threads if bulk else (), narrow)]
+            plan = [(lanes, wide), ((bulk,) * self._threads if bulk else (), narrow)]
         return [(lanes, [places[batch] for batch in batches]) for lanes, batches in plan if batches]
 
     def _run_batch(
@@ -288,7 +289,7 @@ class Model:
             if len(places) == 1:
                 raise
             self._tokens = max(self._tokens // 2, MAX_TOKENS_PER_RUN // 4)
-            _say_once(f"{self._folder}: runs are halved, since one failed, most likely for want of memory")
+            say_once(f"{self._folder}: runs are halved, since one failed, most likely for want of memory")
             middle = len(places) // 2
             halves = [
                 self._run_batch(outputs, ids, types, session, half) for half in (places[:middle], places[middle:])
@@ -320,11 +321,6 @@ class Model:
                 if end < len(items):
                     following = thread.submit(encode, items[end : end + most], end)
                 yield start, current
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
 
 
 def _side_by_side(
@@ -373,6 +369,11 @@ def _choose_variant(folder: Path, manifest: Manifest, variant: str, device: str)
                 return name
     elif variant in fitting:
         return variant
+    if variant in manifest.variants:
+        raise ArtifactError(
+            f"{folder}: its {variant} doesn't run on {device}, only {', '.join(fitting) or 'nothing'} does; pass "
+            "another variant or device"
+        )
     wanted = preferred[-1] if variant == "auto" else variant
     raise ArtifactError(
         f"{folder}: no variant {variant!r} for {device}, only {', '.join(manifest.variants)}; "

@@ -2,11 +2,13 @@
 
 import contextlib
 import ctypes
+import functools
 import importlib.metadata
 import io
 import logging
 import os
 import re
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,6 +75,8 @@ def choose_devices(device: str | Sequence[str]) -> tuple[str, ...]:
     """
     available = PROVIDERS["cuda"] in onnxruntime.get_available_providers()
     if device == "auto":
+        if not available and len(_installed()) == 2:
+            say_once(f"running on the CPU: {_why_no_cuda()}")
         return ("cuda:0",) if available else ("cpu",)
     named = [device] if isinstance(device, str) else list(device)
     if named == ["cpu"]:
@@ -82,6 +86,12 @@ def choose_devices(device: str | Sequence[str]) -> tuple[str, ...]:
     if not available:
         raise ProviderError(f"device {device!r}: {_why_no_cuda()}")
     return tuple(dict.fromkeys("cuda:0" if name == "cuda" else name for name in named))
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Log a warning, but never again in this process."""
+    logger.warning(message)
 
 
 def provider_of(device: str) -> str:
@@ -113,15 +123,28 @@ def _installed() -> list[str]:
 
 
 def _cuda_fails(device: str, cause: str) -> ProviderError:
-    """The error of a CUDA provider that is there and doesn't run."""
+    """The error of a CUDA provider that is there and can't run."""
     from onnxruntime.capi import build_and_package_info as build
 
-    needs = f"CUDA {getattr(build, 'cuda_version', '?')} and cuDNN {getattr(build, 'cudnn_version', '9')}"
-    both = "; onnxruntime and onnxruntime-gpu are both installed: remove both first" if len(_installed()) == 2 else ""
+    both = "; onnxruntime and onnxruntime-gpu are both installed, remove both first" if len(_installed()) == 2 else ""
     return ProviderError(
         f"device {device!r}: onnxruntime {onnxruntime.__version__} can't use it ({cause}); it needs an NVIDIA driver, "
-        f"{needs}, which pip install 'onnxruntime-gpu[cuda,cudnn]' brings{both}; or pass device='cpu'"
+        f"CUDA {getattr(build, 'cuda_version', '')} and cuDNN 9: run pip install 'onnxruntime-gpu[cuda,cudnn]'{both}; "
+        "or pass device='cpu'"
     )
+
+
+@functools.cache
+def _preload_cuda() -> str:
+    """Load the CUDA libraries that pip installed, once; what is missing, or nothing."""
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL("libcuda.so.1")
+        except OSError as error:
+            return f"no NVIDIA driver: {error}"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:  # it says what it misses in no other way
+        onnxruntime.preload_dlls()
+    return next(iter(printed.getvalue().splitlines()), "")
 
 
 def run_session(
@@ -199,24 +222,23 @@ def create_session(path: Path, device: str, threads: int) -> Session:
     options.enable_mem_pattern = False
     options.log_severity_level = 3
     kind, _, number = device.partition(":")
+    providers: list[Any] = [PROVIDERS["cpu"]]
+    missing = ""
     if kind == "cuda":
-        options.log_severity_level = 4  # what fails is raised below
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it doesn't find
-            onnxruntime.preload_dlls()
-        cuda = CUDA_OPTIONS | {"device_id": number}
-        providers: list[Any] = [(PROVIDERS["cuda"], cuda), PROVIDERS["cpu"]]
-    else:
-        providers = [PROVIDERS["cpu"]]
+        missing = _preload_cuda()
+        if missing.startswith("no NVIDIA driver"):
+            raise _cuda_fails(device, missing)
+        providers.insert(0, (PROVIDERS["cuda"], CUDA_OPTIONS | {"device_id": number}))
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's errors share no public base
         cause = str(error).splitlines()[0][:300]
-        if kind == "cuda" and re.search("cuda|cudnn|cublas|find an implementation", cause, re.IGNORECASE):
-            raise _cuda_fails(device, cause) from None
+        if kind == "cuda" and re.search("cuda|cudnn|cublas|find kernel", cause, re.IGNORECASE):
+            raise _cuda_fails(device, missing or cause) from None
         raise ArtifactError(
             f"{path}: onnxruntime {onnxruntime.__version__} can't load it ({cause}); upgrade it or export again"
         ) from None
     if session.get_providers()[0] != provider_of(device):
-        raise _cuda_fails(device, f"it fell back to {session.get_providers()[0]}")
+        raise _cuda_fails(device, missing or f"it fell back to {session.get_providers()[0]}")
     SESSIONS.add(session)
     return session

@@ -4,6 +4,7 @@ import concurrent.futures
 import random
 import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -138,13 +139,18 @@ def test_a_run_that_fails_is_the_calls_error_and_ends_its_threads(tiny_artifact)
 def test_items_run_side_by_side_in_order_and_few_ahead_of_what_is_taken():
     together, begun = threading.Barrier(3), []
 
-    def work(item):
+    def work(lane, item):
         begun.append(item)
         if item < 3:
             together.wait(30)  # or they would not run at once
+        assert lane not in busy
+        busy.add(lane)
+        time.sleep(0.001)
+        busy.remove(lane)
         return item * item
 
-    results = _side_by_side(work, range(20), 3)
+    busy = set()
+    results = _side_by_side(work, range(20), "abc")
     for taken, result in enumerate(results, 1):
         assert result == (taken - 1) ** 2
         assert len(begun) <= taken + 6
@@ -154,14 +160,14 @@ def test_items_run_side_by_side_in_order_and_few_ahead_of_what_is_taken():
 def test_after_an_error_what_has_not_begun_never_does():
     begun = []
 
-    def work(item):
+    def work(lane, item):
         begun.append(item)
         if item == 2:
             raise RunError("no memory")
         return item
 
     with pytest.raises(RunError):
-        list(_side_by_side(work, range(100), 2))
+        list(_side_by_side(work, range(100), "ab"))
     assert len(begun) <= 8
 
 

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from runtime import ArtifactError, Embedder, ProviderError, session
-from runtime.session import choose_device, create_session, usable_cpus
+from runtime.session import choose_devices, create_session, usable_cpus
 
 needs_cpu_only = pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA"
@@ -71,23 +71,62 @@ def test_a_graph_that_does_not_load_is_an_artifact_error(spoil, tiny_artifact, e
 
 @needs_cpu_only
 def test_auto_and_cpu_are_the_cpu_here():
-    assert choose_device("auto") == choose_device("cpu") == "cpu"
+    assert choose_devices("auto") == choose_devices("cpu") == choose_devices(["cpu"]) == ("cpu",)
 
 
 @needs_cpu_only
 def test_cuda_without_a_cuda_build_names_the_cure():
-    with pytest.raises(ProviderError, match=r"no CUDA provider.*pip install bge-onnx\[gpu\]"):
-        choose_device("cuda")
+    with pytest.raises(ProviderError, match=r"no CUDA provider.*pip install 'bge-onnx\[gpu\]'"):
+        choose_devices("cuda")
 
 
 @needs_cpu_only
 def test_cuda_with_both_packages_installed_says_that_they_clash(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "1.2.3")
     with pytest.raises(ProviderError, match="onnxruntime 1.2.3 and onnxruntime-gpu 1.2.3 are both installed"):
-        choose_device("cuda")
+        choose_devices("cuda")
 
 
-@pytest.mark.parametrize("device", ["tpu", "", "CPU", None])
+@needs_cpu_only
+def test_auto_with_both_packages_installed_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "4.5.6")
+    assert [choose_devices("auto") for _ in range(3)] == [("cpu",)] * 3
+    assert [record.message.count("are both installed") for record in caplog.records] == [1]
+
+
+@pytest.fixture
+def cuda_build(monkeypatch):
+    """As if onnxruntime had CUDA, which it says of itself without having looked for a GPU."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+
+
+@pytest.mark.usefixtures("cuda_build")
+@pytest.mark.parametrize(
+    ("device", "devices"),
+    [
+        ("auto", ("cuda:0",)),
+        ("cuda", ("cuda:0",)),
+        ("cuda:7", ("cuda:7",)),
+        (["cuda:1", "cuda:0"], ("cuda:1", "cuda:0")),
+        (("cuda", "cuda:0", "cuda:2"), ("cuda:0", "cuda:2")),
+    ],
+)
+def test_gpus_are_named_one_or_several(device, devices):
+    assert choose_devices(device) == devices
+
+
+@pytest.mark.usefixtures("cuda_build")
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="here is a GPU")
+def test_without_a_gpu_cuda_is_an_error_and_auto_takes_the_cpu_and_says_so_once(tiny_artifact, caplog):
+    with pytest.raises(ProviderError, match=r"'cuda:3'.*needs an NVIDIA driver.*onnxruntime-gpu\[cuda,cudnn\].*'cpu'"):
+        Embedder(tiny_artifact, device="cuda:3")
+    assert [Embedder(tiny_artifact, "fp32").encode("a text").shape for _ in range(2)] == [(32,), (32,)]
+    assert [record.message for record in caplog.records if "running on the CPU" in record.message] == [
+        record.message for record in caplog.records
+    ][:1]
+
+
+@pytest.mark.parametrize("device", ["tpu", "", "CPU", "cuda:x", "cuda:-1", [], ["cpu", "cuda"], [0], ["auto"]])
 def test_an_unknown_device_is_an_error_that_lists_the_known(device):
-    with pytest.raises(ProviderError, match=r"unknown; it is 'auto', 'cpu' or 'cuda'"):
-        choose_device(device)
+    with pytest.raises(ProviderError, match=r"unknown; it is 'auto', 'cpu', 'cuda', 'cuda:1', … or a list of GPUs"):
+        choose_devices(device)

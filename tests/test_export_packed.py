@@ -1,0 +1,243 @@
+"""fp16 for CUDA: what can be seen of it without a GPU, through the stand-in that runs on any provider."""
+
+import dataclasses
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+from conftest import (
+    make_checkpoint,
+    make_splade,
+    sizes,
+    tiny_bert_config,
+    tiny_xlmr_config,
+    train_unigram,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export.errors import ExportError
+from export.graph import load_graph
+from export.packed import on_any_provider
+from export.pipeline import build_fp16, export_model, find_encoder, write_stand_in
+from export.source import resolve_source
+from runtime import ArtifactError, Embedder, Reranker
+from runtime.manifest import Packing
+from runtime.packing import pack
+
+CONFIGS = {
+    "bert": tiny_bert_config,
+    "roberta": lambda **changes: transformers.RobertaConfig(**sizes(max_position_embeddings=66) | changes),
+    "xlm-roberta": tiny_xlmr_config,
+    "distilbert": lambda **changes: transformers.DistilBertConfig(
+        vocab_size=1000, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=64, **changes
+    ),
+    "mpnet": lambda **changes: transformers.MPNetConfig(**sizes(max_position_embeddings=66) | changes),
+}
+TEXTS = ["a river of light", "", "bread", "the light of the river and the bread of the day", "a river", "bread"]
+
+
+def checkpoint_of(folder, family, pooling="mean", head="Model", **changes):
+    tokenizer = {"tokenizer": train_unigram} if family == "xlm-roberta" else {}
+    return make_checkpoint(folder / family, CONFIGS[family](**changes), pooling, head, **tokenizer)
+
+
+def exported(checkpoint, folder):
+    """The artifact of fp32 and fp16, and the stand-in of fp16."""
+    artifact = export_model(str(checkpoint), folder / "out", ["fp32", "fp16"])
+    stand_in = folder / "stand-in"
+    stand_in.mkdir()
+    return artifact, write_stand_in(artifact.path, artifact.manifest, "fp16", stand_in)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed")
+    return exported(checkpoint_of(folder, "bert"), folder)
+
+
+@pytest.fixture
+def on_a_gpu(bert):
+    """The stand-in, run as on two GPUs: packed, tokenised ahead, several runs at once."""
+    embedder = Embedder(bert[1], "fp16", device="cpu")
+    embedder._devices = ("cuda:0", "cuda:1")
+    embedder._opened.sessions *= 2
+    return embedder
+
+
+@pytest.mark.usefixtures("few_texts")
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last_token"])
+def test_an_embedder_has_the_vectors_of_transformers(family, pooling, tmp_path):
+    if pooling == "last_token" and family != "bert":
+        pytest.skip("pooling is the same for all")
+    artifact, _ = exported(checkpoint_of(tmp_path, family, pooling), tmp_path)
+    fp16 = artifact.manifest.variants["fp16"]
+    assert fp16.parity.cosine_min > 0.99999
+    assert fp16.providers == ("CUDAExecutionProvider",)
+    assert fp16.verified_on == "CPUExecutionProvider"
+    assert fp16.packing == Packing(padding_id=1 if family in ("roberta", "xlm-roberta", "mpnet") else None)
+    sizes_ = {name: artifact.manifest.files[v.file].size for name, v in artifact.manifest.variants.items()}
+    assert sizes_["fp16"] < 0.7 * sizes_["fp32"]
+
+
+@pytest.mark.usefixtures("few_texts")
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_reranker_has_the_logits_of_transformers(family, tmp_path):
+    folder = checkpoint_of(tmp_path, family, None, "ForSequenceClassification", num_labels=1)
+    artifact, stand_in = exported(folder, tmp_path)
+    assert artifact.manifest.variants["fp16"].parity.score_max_diff < 2e-2
+    pairs = [("a river", text) for text in TEXTS]
+    scores = Reranker(artifact.path, "fp32").compute_score(pairs)
+    np.testing.assert_allclose(Reranker(stand_in).compute_score(pairs), scores, atol=2e-2)
+
+
+def test_bge_m3_has_its_three_ways(tmp_path):
+    folder = checkpoint_of(tmp_path, "xlm-roberta")
+    for name, width in (("sparse_linear", 1), ("colbert_linear", 32)):
+        torch.save(torch.nn.Linear(32, width).state_dict(), folder / f"{name}.pt")
+    artifact, stand_in = exported(folder, tmp_path)
+    parity = artifact.manifest.variants["fp16"].parity
+    assert min(parity.cosine_min, parity.colbert_cosine_min, parity.sparse_cosine_mean) > 0.99999
+    ways = dict(return_dense=True, return_sparse=True, return_colbert_vecs=True)
+    expected = Embedder(artifact.path, "fp32").encode(TEXTS, **ways)
+    found = Embedder(stand_in).encode(TEXTS, **ways)
+    np.testing.assert_allclose(found["dense_vecs"], expected["dense_vecs"], atol=1e-3)
+    for i in range(len(TEXTS)):
+        np.testing.assert_allclose(found["colbert_vecs"][i], expected["colbert_vecs"][i], atol=2e-3)
+        assert found["lexical_weights"][i] == pytest.approx(expected["lexical_weights"][i], abs=1e-2)
+
+
+@pytest.mark.parametrize("family", ["roberta", "mpnet"])
+def test_a_padding_token_written_in_a_text_takes_no_place(family, tmp_path):
+    folder = checkpoint_of(tmp_path, family, "cls")
+    graph, packing = build_fp16(checkpoint := resolve_source(str(folder)), find_encoder(checkpoint))
+    on_any_provider(graph).save(tmp_path / "m.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    texts = [[5, 9, 1, 77, 1, 1, 13], [8, 8, 1, 500]]
+    feeds = pack(texts, padding_id=packing.padding_id)
+    found = session.run(None, {entry.name: feeds[entry.name] for entry in session.get_inputs()})[0]
+    model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    for text, vector in zip(texts, found, strict=True):
+        with torch.inference_mode():
+            ones = torch.ones(1, len(text))
+            expected = model(torch.tensor([text]), attention_mask=ones).last_hidden_state[0, 0]
+        np.testing.assert_allclose(vector, expected.numpy(), atol=5e-3)
+
+
+def test_the_graph_is_packed_fp16_without_needless_biases(bert):
+    graph = load_graph(bert[0].path / "model.fp16.onnx")
+    operators = [node.op_type for node in graph.nodes]
+    assert operators.count("PackedMultiHeadAttention") == 2
+    assert operators.count("BiasGelu") == 2
+    assert operators.count("SkipLayerNormalization") == 5
+    assert not {"Attention", "MultiHeadAttention", "LayerNormalization", "Shape"} & set(operators)
+    floats = {name: load().dtype for name, load in graph.weights.items() if load().dtype.kind == "f"}
+    assert set(floats.values()) == {np.dtype(np.float16)}
+    assert "layer.0.query.bias" in floats
+    assert not {"layer.0.key.bias", "layer.0.value.bias"} & set(floats)
+    assert {entry.type.tensor_type.elem_type for entry in graph.outputs} == {1}  # float32
+
+
+@settings(max_examples=30, deadline=None)
+@given(order=st.permutations(range(len(TEXTS))), count=st.integers(1, len(TEXTS)))
+def test_a_vector_depends_on_no_other_text(bert, order, count):
+    """Of the stand-in within float32's rounding; on a GPU within fp16's (tests/test_gpu.py)."""
+    embedder = test_a_vector_depends_on_no_other_text.__dict__.setdefault(
+        "embedder", Embedder(bert[1], "fp16", device="cpu")
+    )
+    alone = np.array([embedder.encode(text) for text in TEXTS])
+    some = list(order[:count])
+    np.testing.assert_allclose(embedder.encode([TEXTS[i] for i in some]), alone[some], atol=1e-5)
+
+
+def test_texts_are_tokenised_ahead_and_come_back_in_order(on_a_gpu, monkeypatch):
+    monkeypatch.setattr("runtime.model.AHEAD", (4, 16))
+    monkeypatch.setattr(on_a_gpu, "_tokens", 64)
+    texts = [f"{TEXTS[i % len(TEXTS)]} {i}" for i in range(100)]
+    found = on_a_gpu.encode(texts)
+    expected = np.array([on_a_gpu.encode(text) for text in texts])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_text_that_fails_ahead_is_named_by_its_place(on_a_gpu, monkeypatch):
+    monkeypatch.setattr("runtime.model.AHEAD", (4, 16))
+    with pytest.raises(ValueError, match="text 77 has a lone surrogate"):
+        on_a_gpu.encode(["fine"] * 77 + ["\ud800"] + ["fine"] * 20)
+
+
+def test_fp16_on_a_cpu_is_an_error_that_names_what_runs_there(bert):
+    with pytest.raises(ArtifactError, match="its fp16 doesn't run on cpu, only fp32 does"):
+        Embedder(bert[0].path, "fp16", device="cpu")
+    assert Embedder(bert[0].path, device="cpu").variant == "fp32"
+
+
+def test_a_run_that_is_too_large_is_halved_until_it_fits(bert, start, tmp_path):
+    """The stand-in's memory grows with the square of a run's tokens, so that halves fit where the whole doesn't."""
+    code = """
+import logging, resource, sys
+import numpy as np
+from runtime import Embedder
+logging.basicConfig(format="%(message)s")
+embedder = Embedder(sys.argv[1], device="cpu", threads=1)
+texts = [f"a river of light and bread {i}" for i in range(300)]
+expected = np.array([embedder.encode(text) for text in texts])
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 120_000_000, resource.RLIM_INFINITY))
+for _ in range(2):
+    print(np.abs(embedder.encode(texts) - expected).max(), embedder._tokens)
+"""
+    process = start("-c", code, bert[1], TOKENIZERS_PARALLELISM="false")
+    printed, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    for line in printed.splitlines():
+        difference, tokens = map(float, line.split())
+        assert difference < 1e-5
+        assert tokens < 2048
+    assert error.count("runs are halved") == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "pooling", "message"),
+    [
+        ("bert", "max", "fp16 doesn't do max pooling yet"),
+        ("modernbert", "cls", "fp16 isn't built for 'modernbert' yet"),
+    ],
+)
+def test_what_cant_be_packed_is_an_error_with_the_cure(family, pooling, message, tmp_path):
+    if family == "modernbert":
+        config = transformers.ModernBertConfig(
+            **sizes(), pad_token_id=0, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3
+        )
+        folder = make_checkpoint(tmp_path / family, config, pooling)
+    else:
+        folder = checkpoint_of(tmp_path, family, pooling)
+    with pytest.raises(ExportError, match=f"{message}; leave it out with --variants fp32,int8"):
+        export_model(str(folder), tmp_path / "out", ["fp16"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_splade_in_fp16_is_an_error_with_the_cure(tmp_path):
+    folder = make_splade(make_checkpoint(tmp_path / "splade", tiny_bert_config(), None, head="ForMaskedLM"))
+    with pytest.raises(ExportError, match="fp16 doesn't do SPLADE yet"):
+        export_model(str(folder), tmp_path / "out", ["fp16"])
+
+
+def test_a_weight_beyond_fp16_is_an_error_that_names_it(tmp_path):
+    folder = checkpoint_of(tmp_path, "bert")
+    model = transformers.AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[0, 0] = 1e6
+    model.save_pretrained(folder)
+    with pytest.raises(ExportError, match=r"weight layer\.1\.down\.weight is beyond fp16's range"):
+        export_model(str(folder), tmp_path / "out", ["fp16"])
+
+
+def test_packing_is_part_of_the_manifest(bert):
+    manifest = json.loads((bert[0].path / "manifest.json").read_text("utf-8"))
+    assert manifest["variants"]["fp16"]["packing"] == {"padding_id": None}
+    assert manifest["variants"]["fp32"]["packing"] is None
+    assert dataclasses.asdict(bert[0].manifest.variants["fp16"].packing) == {"padding_id": None}
