@@ -15,7 +15,7 @@ STS ?= $(wildcard ../shared/data/stsb)
 ENGINES ?= ours,sentence_transformers:fp32,optimum:int8
 DATA := $(if $(BEIR),--beir $(BEIR)) $(if $(STS),--sts $(STS))
 
-.PHONY: install demo bench bench-full test test-long lint fix wheel clean
+.PHONY: install demo bench bench-full test test-long test-gpu lint fix wheel clean
 
 install: .venv/installed
 
@@ -42,10 +42,14 @@ bench-full: install
 	$(BENCH) report --readme README.md
 
 test: install
-	$(BIN)/python -m pytest -m 'not long'
+	$(BIN)/python -m pytest -m 'not long and not gpu'
 
 test-long: install
 	$(BIN)/python -m pytest -m long
+
+# In an environment of yours that has onnxruntime-gpu and torch with CUDA.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
 
 lint: install
 	$(BIN)/ruff check .
