@@ -263,9 +263,9 @@ def test_an_interrupt_exits_130_and_leaves_nothing(cli, tiny_checkpoint, tmp_pat
 
     build = export.pipeline.build_graph
 
-    def interrupted(checkpoint):
+    def interrupted(checkpoint, encoder):
         os.kill(os.getpid(), signum)
-        return build(checkpoint)
+        return build(checkpoint, encoder)
 
     monkeypatch.setattr(export.pipeline, "build_graph", interrupted)
     code, out, error = cli("--model", tiny_checkpoint, "--out", tmp_path / "out")

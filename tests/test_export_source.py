@@ -13,7 +13,7 @@ import torch
 from hub_server import COMMIT, serve_hub
 
 from export.errors import ExportError
-from export.pipeline import build_graph, export_model
+from export.pipeline import build_graph, export_model, find_encoder
 from export.source import resolve_source
 from runtime import Embedder
 
@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("few_texts")
 def graph_bytes(folder: Path, **options) -> bytes:
     """The fp32 graph that is built of a checkpoint."""
     path = folder / "built.onnx"
-    build_graph(resolve_source(str(folder), **options)).save(path)
+    checkpoint = resolve_source(str(folder), **options)
+    build_graph(checkpoint, find_encoder(checkpoint)).save(path)
     return path.read_bytes()
 
 
