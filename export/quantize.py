@@ -3,7 +3,7 @@
 Activations take one fixed scale per linear, so that a text's vector never depends on its neighbours. Outlier channels
 are smoothed away (SmoothQuant, arXiv:2211.10438) with a strength chosen for each linear by measured error, and weights
 are rounded so that later channels make up for the error of earlier ones (GPTQ, arXiv:2210.17323). They use as much of
-their 8 bits as can't saturate on x86 CPUs without VNNI, which add the products of two neighbouring channels in an int16.
+their 8 bits as saturates nowhere: x86 CPUs without VNNI add the products of two neighbouring channels in an int16.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import onnx
 import scipy.linalg
 from onnx import TensorProto, helper
 
+from export.attention import attend_by_length
 from export.calibrate import Sample
 from export.graph import MICROSOFT, Graph
 
@@ -180,11 +181,11 @@ def quantize_graph(graph: Graph, quantized: Mapping[str, Quantized]) -> Graph:
             result.nodes += _embedding_nodes(result, node)
     used = {value for node in result.nodes for value in node.input}
     result.weights = {name: load for name, load in result.weights.items() if name in used}
-    return result
+    return attend_by_length(result)
 
 
 def fold_smoothing(graph: Graph, quantized: Mapping[str, Quantized]) -> dict[str, Quantized]:
-    """Smooth what attention gives where its values are made, which costs nothing: it only averages each channel of them."""
+    """Smooth what attention gives where its values are made, which costs nothing: it averages each channel of them."""
     makers = {linear.output: (value, linear) for value, given in quantized.items() for linear in given.linears}
     folded = dict(quantized)
     for value, given in quantized.items():
@@ -256,7 +257,7 @@ def _round_plainly(matrix: np.ndarray) -> np.ndarray:
 def round_weights(matrix: np.ndarray, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Round weights to 8 bits per output channel, minimising the error on the inputs (GPTQ).
 
-    The scale is the least at which neither a weight nor a pair of neighbours is beyond its limit; nor are they rounded so.
+    The scale is the least at which no weight and no pair of neighbours is beyond its limit, nor are they when rounded.
 
     Args:
         matrix: float32 ``(in, out)``.

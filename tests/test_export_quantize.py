@@ -1,4 +1,6 @@
-"""int8: every linear is found, rounded without ever saturating and better than plainly, and the vectors stay what they were."""
+"""int8: every linear is found, rounded better than plainly and never to saturate, and vectors stay what they were."""
+
+import dataclasses
 
 import numpy as np
 import onnx
@@ -12,7 +14,15 @@ from export.encoder import EncoderConfig, build_encoder
 from export.errors import ExportError
 from export.graph import MICROSOFT, Graph, float_value, load_graph
 from export.pipeline import export_model
-from export.quantize import Scheme, choose_scheme, find_linears, quantize_graph, quantize_linears, round_weights
+from export.quantize import (
+    Scheme,
+    choose_scheme,
+    find_linears,
+    fold_smoothing,
+    quantize_graph,
+    quantize_linears,
+    round_weights,
+)
 
 LIMIT, PAIR = 127, 128
 LAYERS, HIDDEN, WORDS = 2, 32, 1200
@@ -319,6 +329,37 @@ def test_pairs_of_products_never_saturate_16_bits(int8, tiny_artifact):
         assert all(levels.dtype == np.int8 for levels in weights)
         assert all(saturates(levels) == 0 for levels in weights)
         assert max(np.abs(levels.astype(int)).max() for levels in weights) > 63  # 7 bits, which could never
+
+
+def test_what_attention_gives_is_smoothed_where_its_values_are_made(encoder, tmp_path):
+    inputs = dict.fromkeys(linear.input for linear in find_linears(encoder))
+    quantized = quantize_linears(encoder, collect(encoder, list(inputs), typed(texts(0))))
+    attended = [node.input[0] for node in encoder.nodes if node.name.endswith(".attention")]
+    smooth = np.exp(normal(HIDDEN, seed=5))
+    for value in attended:  # as if it had to be
+        given = quantized[value]
+        quantized[value] = dataclasses.replace(given, scheme=dataclasses.replace(given.scheme, smooth=smooth))
+    folded = fold_smoothing(encoder, quantized)
+    assert [
+        value for value in quantized if folded[value].scheme.smooth is not quantized[value].scheme.smooth
+    ] == attended
+    values = {linear.output: rounded for given in folded.values() for linear, rounded in given.linears.items()}
+    before = {linear.output: rounded for given in quantized.values() for linear, rounded in given.linears.items()}
+    assert {name for name in values if values[name] is not before[name]} == {f"layer.{i}.value" for i in range(LAYERS)}
+    for i in range(LAYERS):
+        for part in ("scale", "bias"):
+            was, now = (getattr(found[f"layer.{i}.value"], part) for found in (before, values))
+            np.testing.assert_allclose(now * smooth, was, rtol=1e-5)
+    kept = fold_smoothing(encoder, {value: quantized[value] for value in attended})  # the values' linears stay fp32
+    assert all(kept[value] is quantized[value] for value in attended)
+
+
+def test_an_activation_that_int8_follows_is_the_cheaper_one(encoder, int8):
+    gelus = [[node.op_type for node in graph.nodes].count("Gelu") for graph in (encoder, int8)]
+    assert gelus == [LAYERS, 0]
+    inputs = list(dict.fromkeys(linear.input for linear in find_linears(encoder)))[:-1]  # the last follows a Gelu
+    partly = quantize_graph(encoder, quantize_linears(encoder, collect(encoder, inputs, typed(texts(0)))))
+    assert [node.op_type for node in partly.nodes if "Gelu" in node.op_type] == ["FastGelu"] * (LAYERS - 1) + ["Gelu"]
 
 
 def test_scales_are_fixed_numbers_not_computed_from_the_input(int8):
