@@ -29,24 +29,42 @@ def attend_by_length(graph: Graph) -> Graph:
     limit = result.weight("short.limit", np.array([SHORT], np.int64))
     result.add("LessOrEqual", tokens, limit, name="short")
     chosen = {id(node) for node in plain}
-    result.nodes += [_either(node) if id(node) in chosen else node for node in graph.nodes]
+    for node in graph.nodes:
+        width = _width(graph, node.input[2]) if id(node) in chosen else 0
+        if width:
+            flat = result.weight(f"short.{width}", np.array([0, 0, width], np.int64))
+            node = _either(node, flat)
+        result.nodes.append(node)
     return result
 
 
-def _either(node: onnx.NodeProto) -> onnx.NodeProto:
-    """An ``If`` between both operators."""
+def _width(graph: Graph, value: str) -> int:
+    """Dimensions of what a linear gives, rows moved or not; 0 if it isn't from one."""
+    makers = {output: node for node in graph.nodes for output in node.output}
+    while (node := makers.get(value)) and node.op_type in ("Reshape", "Gather"):
+        value = node.input[0]
+    if node is None or node.op_type not in ("MatMulIntegerToFloat", "Gemm") or node.input[1] not in graph.weights:
+        return 0
+    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    return int(graph.weights[node.input[1]]().shape[0 if transposed else 1])
+
+
+def _either(node: onnx.NodeProto, flat: str) -> onnx.NodeProto:
+    """An ``If`` between both operators; ``flat`` names the shape ``[0, 0, width]``."""
     (heads,) = (attribute.i for attribute in node.attribute if attribute.name == "num_heads")
     scale = {attribute.name: attribute.f for attribute in node.attribute if attribute.name == "scale"}
     (output,) = node.output
     short, long = (f"{output}.{length}" for length in ("short", "long"))
-    attention = helper.make_node(
-        "Attention", node.input, [short], short, q_num_heads=heads, kv_num_heads=heads, **scale
-    )
+    query, key, value = node.input
+    # A width that is known beforehand: ONNX Runtime otherwise infers 0 and warns in every run.
+    shaped = helper.make_node("Reshape", [value, flat], [f"{short}.value"], f"{short}.value")
+    inputs = [query, key, f"{short}.value"]
+    attention = helper.make_node("Attention", inputs, [short], short, q_num_heads=heads, kv_num_heads=heads, **scale)
     flash = helper.make_node("MultiHeadAttention", node.input, [long], long, domain=MICROSOFT, num_heads=heads, **scale)
     branches = {
         f"{branch}_branch": helper.make_graph(
-            [operator], branch, [], [helper.make_tensor_value_info(operator.output[0], TensorProto.FLOAT, None)]
+            nodes, branch, [], [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)]
         )
-        for branch, operator in (("then", attention), ("else", flash))
+        for branch, nodes in (("then", [shaped, attention]), ("else", [flash]))
     }
     return helper.make_node("If", ["short"], [output], output, **branches)
