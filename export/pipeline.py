@@ -262,7 +262,7 @@ def write_variant(name: str, graph: Graph, stage: Path, **described: Any) -> Var
         data=data.name if data else None,
         opset=graph.opsets[""],
         providers=PROVIDERS[name],
-        cpu_safety="any: 7-bit weights can't saturate on x86 without VNNI" if name == "int8" else "any",
+        cpu_safety="any: weights can't saturate on x86 without VNNI" if name == "int8" else "any",
         parity=None,
         **described,
     )

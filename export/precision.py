@@ -70,7 +70,7 @@ def spend_precision(
     worst = np.argsort(found)[:WORST].tolist()
     rest, costs = strays((), worst), {}
     for done, (value, given) in enumerate(quantized.items(), 1):
-        weights = sum(levels.size for levels, _, _ in given.linears.values())
+        weights = sum(rounded.levels.size for rounded in given.linears.values())
         costs[value] = (strays([value], worst) - rest) / weights
         progress(done / len(quantized))
     order = sorted(quantized, key=lambda value: costs[value])

@@ -21,6 +21,8 @@ def plan_batches(lengths: Sequence[int] | NDArray[np.intp], max_tokens: int) -> 
         at the start and the threads end together.
     """
     array = np.asarray(lengths, dtype=np.intp)
+    if array.size == 1:  # the latency of a query
+        return [np.zeros(1, np.intp)]
     order = np.argsort(-array, kind="stable")
     runs = np.split(order, np.flatnonzero(np.diff(array[order])) + 1) if order.size else []
     batches = []
@@ -47,10 +49,12 @@ def plan_threads(
         The runs on all threads and those on one, as ``plan_batches`` gives them. There are none on one thread where
         they would leave a thread without any.
     """
+    if threads == 1 or len(lengths) < threads:
+        return plan_batches(lengths, max_tokens), []
     array = np.asarray(lengths, dtype=np.intp)
     share = max(max_tokens // threads, max_tokens // 4)
     (long,), (short,) = np.nonzero(array > share), np.nonzero(array <= share)
     narrow = plan_batches(array[short], min(share, max(1, int(array[short].sum()) // threads)))
-    if threads == 1 or len(narrow) < threads:
+    if len(narrow) < threads:
         return plan_batches(array, max_tokens), []
     return [long[places] for places in plan_batches(array[long], max_tokens)], [short[places] for places in narrow]

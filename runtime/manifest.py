@@ -73,7 +73,7 @@ class Variant:
     opset: int
     providers: tuple[str, ...]
     cpu_safety: str
-    """Which CPUs give the promised numbers (u8×s8 products saturate on x86 without VNNI unless weights have 7 bits)."""
+    """Which CPUs give the promised numbers (u8×s8 products saturate on x86 without VNNI, limited weights do not)."""
     quantization: str | None = None
     fp32_linears: tuple[str, ...] = ()
     """Outputs of the linears that int8 leaves in fp32."""

@@ -40,6 +40,9 @@ MAX_TOKENS_PER_RUN = 2048
 """Bounds memory: one run never holds more tokens, unless a single text does. More are no faster on a CPU.
 
 A call with more tokens in all is bulk work."""
+TOKENS_PER_THREAD = 512
+"""The most that a run on a CPU has for each of its threads: what more of them hold between two operators leaves the
+core's cache."""
 CUDA_TOKENS_PER_RUN = 16_384
 """The same on a GPU, where a run of few tokens takes as long as one of many."""
 IN_FLIGHT = 2
@@ -254,6 +257,7 @@ class Model:
             plan = [(lanes, plan_batches(lengths, most))]
         else:
             bulk = self._bulk_session(opened, int(lengths.sum()))
+            most = min(most, TOKENS_PER_THREAD * self._threads)
             wide, narrow = plan_threads(lengths, most, self._threads if bulk else 1)
             plan = [(lanes, wide), ((bulk,) * self._threads if bulk else (), narrow)]
         return [(lanes, [places[batch] for batch in batches]) for lanes, batches in plan if batches]

@@ -64,7 +64,7 @@ def test_the_budget_is_met_and_nothing_is_kept_that_isnt_needed(tiny, seed, leas
 
 def test_of_linears_that_help_as_much_the_smallest_stays_fp32(tiny):
     graph, quantized = tiny
-    sizes = {value: sum(levels.size for levels, _, _ in g.linears.values()) for value, g in quantized.items()}
+    sizes = {value: sum(r.levels.size for r in g.linears.values()) for value, g in quantized.items()}
     errors = np.full((len(quantized), 3), 0.01)
     chosen = spend_precision(graph, quantized, measured_as(tiny, errors), 3, 1 - 0.01 * (len(quantized) - 1) - 1e-9)
     (kept,) = quantized.keys() - chosen.keys()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from benchmarks.worker import Job, Run
 
-MAX_TOKENS_PER_RUN = 2048
+MAX_TOKENS_PER_RUN, TOKENS_PER_THREAD = 2048, 512
 """Our runtime's."""
 
 Infer = Callable[[dict[str, NDArray[np.int64]]], NDArray[np.float32]]
@@ -38,7 +38,7 @@ def scheduled(job: Job, wide: Infer, narrow: Infer) -> Run:
     def run(texts: Sequence[str], batch: int) -> NDArray[np.float32]:
         padded, vectors = encode(texts), [np.empty(0, np.float32)] * len(texts)
         lengths = padded["attention_mask"].sum(1)
-        runs = plan_threads(lengths, MAX_TOKENS_PER_RUN, job.threads)
+        runs = plan_threads(lengths, min(MAX_TOKENS_PER_RUN, TOKENS_PER_THREAD * job.threads), job.threads)
 
         def work(infer: Infer, places: NDArray[np.intp]) -> None:
             feeds = {name: rows[places, : lengths[places[0]]] for name, rows in padded.items()}
