@@ -345,7 +345,10 @@ def _origin(results: Iterable[Result]) -> str:
     """Machine, versions and commits that the results come from."""
     held = list(results)
     machines = {
-        f"{m['cpu']}, {m['cores']} cores, {', '.join(m['instructions'])}, {m['memory_gb']} GB, {m['system']}"
+        ", ".join(
+            [*([m["gpu"]] if "gpu" in m else []), m["cpu"], f"{m['cores']} cores", *m["instructions"]]
+            + [f"{m['memory_gb']} GB", m["system"]]
+        )
         for m in (result.machine for result in held)
     }
     packages: dict[str, set[str]] = {}
