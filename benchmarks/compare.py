@@ -16,8 +16,12 @@ SENSES = {
     "disk MB": -1,
 }
 """What is compared, and whether more of it is better. Times aren't: machines differ, and the ratios say it better."""
+TOLERANCES = {"ratio": 0.03, "peak MB": 0.1}
+"""Of the old median, beyond the spread of both; those of other figures repeat."""
 TOLERANCE = 0.001
-"""Of the old median, for figures without a spread."""
+"""Of those."""
+FEW, FEW_TOLERANCE = 6, 0.25
+"""A ratio of fewer runs: of three and three, one in ten pairs won't overlap though nothing has changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,9 @@ class Change:
 
     @property
     def verdict(self) -> int:
-        """1 if it is better beyond the spread of both, -1 if worse, else 0."""
-        slack = TOLERANCE * abs(self.old.median)
+        """1 if it is better beyond the spread of both and a tolerance, -1 if worse, else 0."""
+        few = self.figure == "ratio" and min(self.old.runs, self.new.runs) < FEW
+        slack = (FEW_TOLERANCE if few else TOLERANCES.get(self.figure, TOLERANCE)) * abs(self.old.median)
         risen = self.new.low > self.old.high + slack
         fallen = self.new.high < self.old.low - slack
         return SENSES[self.figure] * (risen - fallen)

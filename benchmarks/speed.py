@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.client import Worker, name_of, prepared
-from benchmarks.data import LENGTHS, sample_texts
+from benchmarks.data import AS_IT_COMES, DOCUMENTS, LENGTHS, SORTED, sample_texts
 from benchmarks.errors import EngineError
 from benchmarks.machine import peaks, versions
 from benchmarks.results import Figure, Journal, Result
@@ -24,10 +24,6 @@ from runtime.tokenizer import Tokenizer
 BATCH = 32
 WORDS = (8, 16, 32, 64, 128)
 """Of the texts that show how cost grows with length."""
-AS_IT_COMES, SORTED = "as it comes", "by length"
-"""The latter spares engines that don't sort texts themselves their padding."""
-DOCUMENTS = "documents"
-"""Whole ones of a corpus, where ``LENGTHS`` are of texts cut to measure."""
 
 Sample = dict[str, float]
 """Figures of one engine in one round; ``seconds`` is what ratios are made of."""

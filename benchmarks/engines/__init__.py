@@ -11,4 +11,4 @@ ENGINES = ("ours", "sentence_transformers", "flag_embedding", "optimum", "fastem
 """All of them."""
 
 SAME_ANSWERS = ("no-probe", "int8-scheduled", "int8-throughput")
-"""Variants that differ from another of their engine in speed alone, so that their quality needs no measuring."""
+"""Variants that run what another of their engine runs in another way, so that their quality isn't measured."""
