@@ -259,9 +259,13 @@ COST = "peak: of the machine's own matrix products in the same precision; in bra
 
 
 def _headline(results: Sequence[Result]) -> list[Column]:
-    """What the README shows."""
+    """What the README shows: no sorted texts, and one caller and the most alone."""
+    columns = _speed(results)
+    between = sorted({c.settings["callers"] for c in columns if "callers" in c.settings})[1:-1]
     speed = [
-        dataclasses.replace(column, show=median) for column in _speed(results) if column.settings.get("order") != SORTED
+        dataclasses.replace(column, show=median)
+        for column in columns
+        if column.settings.get("order") != SORTED and column.settings.get("callers") not in between
     ]
     cost = [Column("MB RAM", "cold", "peak MB", median), Column("MB disk", "cold", "disk MB", median)]
     return [*speed, *cost, *(dataclasses.replace(column, show=precisely) for column in _quality(results, first=True))]

@@ -74,9 +74,9 @@ PROFILES = {
             ("long", 16, AS_IT_COMES),
         ),
         callers=(1, 4, 16),
-        queries=64,
+        queries=48,
         indexed=20_000,
-        reranked=50,
+        reranked=25,
         growth=True,
     ),
     "int8": Profile(
