@@ -17,9 +17,9 @@ SENSES = {
 }
 """What is compared, and whether more of it is better. Times aren't: machines differ, and the ratios say it better."""
 TOLERANCES = {"ratio": 0.03, "peak MB": 0.1}
-"""Of the old median, beyond the spread of both; those of other figures repeat."""
+"""Of the old median, beyond the spread of both: of figures that come out differently each time."""
 TOLERANCE = 0.001
-"""Of those."""
+"""Of figures that repeat."""
 FEW, FEW_TOLERANCE = 6, 0.25
 """A ratio of fewer runs: of three and three, one in ten pairs won't overlap though nothing has changed."""
 
@@ -44,7 +44,7 @@ class Change:
 
 
 def compare(old: Sequence[Result], new: Sequence[Result]) -> list[Change]:
-    """The figures that both have.
+    """The figures that both have, but for growth's, which is the course of a curve from a single round.
 
     Args:
         old: The newest results of one file.
@@ -54,7 +54,7 @@ def compare(old: Sequence[Result], new: Sequence[Result]) -> list[Change]:
     return [
         Change(_name(result), name, before[result.key].figures[name], figure)
         for result in new
-        if result.key in before
+        if result.key in before and result.benchmark != "growth"
         for name, figure in result.figures.items()
         if name in SENSES and name in before[result.key].figures
     ]

@@ -285,14 +285,15 @@ def _result(bench: Bench, job: Job, load: Load) -> Result:
 
 
 def _inputs(bench: Bench, kind: str | tuple[int, int], count: int) -> list[Any]:
-    """Texts of a kind or of so many words, or for a reranker pairs of a short query and such a text."""
+    """Texts of a kind or of so many words; for a reranker pairs of a short query and such a text, a batch a query."""
     if kind == DOCUMENTS:
         texts = _documents(bench, count)
     else:
         texts = sample_texts(count, LENGTHS[kind] if isinstance(kind, str) else kind, bench.corpus)
     inputs: list[Any] = texts
     if bench.subject.manifest.kind == "reranker":
-        inputs = list(zip(sample_texts(len(texts), LENGTHS["short"], bench.corpus, seed=1), texts, strict=True))
+        queries = sample_texts(-(-len(texts) // BATCH), LENGTHS["short"], bench.corpus, seed=1)
+        inputs = [(queries[i // BATCH], text) for i, text in enumerate(texts)]
     if count > BATCH and _operations(bench.subject, _tokens(bench.subject, inputs)) > bench.profile.operations:
         return _inputs(bench, kind, max(BATCH, count // 2))
     return inputs
