@@ -31,7 +31,10 @@ try:
 except ImportError as missing:
     sys.exit(f"error: {missing.name} isn't installed; run: pip install 'bge-onnx[cpu,retrieve,export,bench]'")
 
-INT8_ENGINES = "ours,sentence_transformers:fp32,optimum,openvino:int8"
+INT8_ENGINES = (
+    "ours:int8,sentence_transformers:fp32,optimum:fp32-o3,optimum:int8,optimum:int8-scheduled,openvino:int8,"
+    "openvino:int8-throughput"
+)
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -64,20 +67,26 @@ def _parser() -> argparse.ArgumentParser:
     }
     for name, (action, text) in measured.items():
         mode = modes.add_parser(name, help=text)
-        mode.set_defaults(action=action)
+        mode.set_defaults(action=action, reranker=None)
         mode.add_argument("artifact", type=Path, help="of an embedder (or, for speed and quality, a reranker)")
-        mode.add_argument("--reranker", type=Path, metavar="ARTIFACT", help="sorts what the embedder finds again")
+        if name in ("all", "quality", "retriever"):
+            mode.add_argument("--reranker", type=Path, metavar="ARTIFACT", help="sorts what the embedder finds again")
         if name != "retriever":
             mode.add_argument("--checkpoint", help="what it was exported from, for the peers (default: by its name)")
-            mode.add_argument("--reranker-checkpoint", metavar="CHECKPOINT", help="what the reranker was exported from")
             mode.add_argument("--engines", metavar="NAMES", help="such as ours,optimum:int8 (default: all)")
-            mode.add_argument("--reranker-engines", metavar="NAMES", default="ours:int8", help="default: ours:int8")
             mode.add_argument("--beir", type=Path, metavar="DIR", help="corpus.jsonl, queries.jsonl, qrels/test.tsv")
+        if name in ("all", "quality"):
+            mode.add_argument("--reranker-checkpoint", metavar="CHECKPOINT", help="what the reranker was exported from")
+            mode.add_argument("--reranker-engines", metavar="NAMES", default="ours:int8", help="default: ours:int8")
         if name in ("all", "quality", "int8"):
             mode.add_argument(
                 "--sts", type=Path, metavar="PATH", help="CSV of two sentences and a score, or its folder"
             )
             mode.add_argument("--mteb", metavar="TASK", help="of our engine; needs mteb and the hub")
+        if name == "int8":
+            mode.add_argument("--no-quality", action="store_true", help="speed alone, as for random weights")
+        if name in ("all", "speed", "int8"):
+            mode.add_argument("--starts", type=int, metavar="N", help="how often engines are started (default: 2)")
         mode.add_argument("--threads", type=int, default=usable_cpus(), help="of every engine (default: all)")
         mode.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         mode.add_argument("--profile", choices=PROFILES, default="quick", help="how much is measured (default: quick)")
@@ -126,68 +135,48 @@ def _int8(options: argparse.Namespace) -> None:
     options.profile, options.engines = "int8", options.engines or INT8_ENGINES
     journal = _journal(options)
     _measure_speed(options, journal)
-    _measure_quality(options, journal)
-    subject = open_subject(options.artifact, options.checkpoint)
-    jobs = plan_jobs(subject, options.engines, threads=options.threads, device=options.device)
-    jobs = [job for job in jobs if "int8" in job.variant or (job.engine, job.variant) == BASELINE]
-    texts = {}
-    if options.sts:
-        pairs = read_sts(options.sts)
-        texts[pairs.name] = [*pairs.left, *pairs.right]
-    if options.beir:
-        data = read_beir(options.beir)
-        texts[data.name] = [*data.queries.values(), *data.corpus.values()]
-    for name, held in texts.items():
-        _attempt(quality.measure_cosines, jobs, subject.manifest.name, name, held, journal)
-    print(report.int8_table(report.newest_results(journal.path), subject.manifest.name))
+    if not options.no_quality:
+        _measure_quality(options, journal, ("int8", BASELINE[1]))
+    manifest = load_manifest(options.artifact)
+    print(report.int8_table(report.newest_results(journal.path), manifest.name, manifest.dim))
 
 
 def _measure_speed(options: argparse.Namespace, journal: Journal) -> None:
+    subject = open_subject(options.artifact, options.checkpoint)
+    profile = PROFILES[options.profile]
     with _progress() as show:
-        for bench in _benches(options, journal):
-            measure_speed(dataclasses.replace(bench, progress=show))
-
-
-def _benches(options: argparse.Namespace, journal: Journal) -> Iterator[Bench]:
-    """Of the artifact, and of a reranker if its engines are named."""
-    corpus = list(read_beir(options.beir).corpus.values()) if options.beir else None
-    chosen = [(options.artifact, options.checkpoint, options.engines)]
-    if options.reranker:
-        chosen.append((options.reranker, options.reranker_checkpoint, options.reranker_engines))
-    for artifact, checkpoint, engines in chosen:
-        subject = open_subject(artifact, checkpoint)
-        yield Bench(
-            subject=subject,
-            jobs=plan_jobs(subject, engines, threads=options.threads, device=options.device),
-            profile=PROFILES[options.profile],
-            journal=journal,
-            corpus=corpus,
-            found=_say,
-            left_out=_warn,
+        measure_speed(
+            Bench(
+                subject=subject,
+                jobs=plan_jobs(subject, options.engines, threads=options.threads, device=options.device),
+                profile=dataclasses.replace(profile, starts=options.starts or profile.starts),
+                journal=journal,
+                corpus=list(read_beir(options.beir).corpus.values()) if options.beir else None,
+                found=_say,
+                left_out=_warn,
+                progress=show,
+            )
         )
 
 
-def _measure_quality(options: argparse.Namespace, journal: Journal) -> None:
+def _measure_quality(options: argparse.Namespace, journal: Journal, variants: tuple[str, ...] = ()) -> None:
     subject = open_subject(options.artifact, options.checkpoint)
     jobs = plan_jobs(subject, options.engines, threads=options.threads, device=options.device)
+    jobs = [job for job in jobs if job.variant in variants or not variants]
     name, prompts = subject.manifest.name, subject.manifest.prompts
+    pairs, data = options.sts and read_sts(options.sts), options.beir and read_beir(options.beir)
     if options.mteb:
         _measure_mteb(options, journal)
-    if options.sts:
-        pairs = read_sts(options.sts)
-        for job in jobs:
-            _attempt(quality.measure_sts, job, name, pairs, journal)
-    if options.beir and subject.manifest.kind == "embedder":
-        data = read_beir(options.beir)
-        for job in jobs:
-            _attempt(quality.measure_retrieval, job, name, data, prompts, journal)
-        if options.reranker:
-            second = open_subject(options.reranker, options.reranker_checkpoint)
-            firsts = [job for job in jobs if job.engine == "ours"]
-            for job in plan_jobs(second, options.reranker_engines, threads=options.threads, device=options.device):
-                names = name, second.manifest.name
-                with _progress() as show:
-                    _attempt(quality.measure_two_stages, firsts, job, names, data, prompts, journal, show)
+    quality.measure_quality(jobs, name, journal, pairs=pairs, data=data, prompts=prompts, found=_say, left_out=_warn)
+    first = [job for job in jobs if job.engine == "ours"][-1:]  # int8, if there is one
+    if not (options.reranker and data and first and subject.manifest.kind == "embedder"):
+        return
+    data = data.first(PROFILES[options.profile].reranked)
+    second = open_subject(options.reranker, options.reranker_checkpoint)
+    for job in plan_jobs(second, options.reranker_engines, threads=options.threads, device=options.device):
+        names = name, second.manifest.name
+        with _progress() as show:
+            _attempt(quality.measure_two_stages, first[0], job, names, data, prompts, journal, show)
 
 
 def _measure_mteb(options: argparse.Namespace, journal: Journal) -> None:
@@ -198,9 +187,8 @@ def _measure_mteb(options: argparse.Namespace, journal: Journal) -> None:
 
 def _measure_retriever(options: argparse.Namespace, journal: Journal) -> None:
     reranker = Reranker(options.reranker, device=options.device, threads=options.threads)
-    for variant in load_manifest(options.artifact).variants:
-        embedder = Embedder(options.artifact, variant, device=options.device, threads=options.threads)
-        _attempt(measure_retriever, embedder, reranker, PROFILES[options.profile].indexed, journal)
+    embedder = Embedder(options.artifact, device=options.device, threads=options.threads)
+    _attempt(measure_retriever, embedder, reranker, PROFILES[options.profile].indexed, journal)
 
 
 def _attempt(measure: Callable[..., list[Result]], *arguments: object) -> None:
@@ -213,7 +201,8 @@ def _attempt(measure: Callable[..., list[Result]], *arguments: object) -> None:
 
 def _say(result: Result) -> None:
     settings = " ".join(str(value) for value in result.settings.values())
-    figures = ", ".join(f"{name} {figure.median:.5g}" for name, figure in result.figures.items())
+    shown = {name: figure for name, figure in result.figures.items() if not name.startswith("to ")}  # for the table
+    figures = ", ".join(f"{name} {figure.median:.5g}" for name, figure in shown.items())
     _errors().print(escape(f"{result.benchmark} {result.engine} {result.variant}, {settings}: {figures}"))
 
 

@@ -107,7 +107,8 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            raise EngineError(f"{name_of(self.job)}: its process died; {_last_line(self._log)}")
+            self._log.seek(0)
+            raise EngineError(f"{name_of(self.job)}: its process died; {_last_line(self.job, self._log.read())}")
         answer: dict[str, Any] = json.loads(line)
         if "missing" in answer:
             raise EngineError(
@@ -136,10 +137,10 @@ def install(engine: str) -> None:
     Raises:
         EngineError: pip failed.
     """
-    folder = HOME / "environments" / engine
+    own = _own_python(engine)  # not yet there, perhaps, and nothing may go into the environment that runs now instead
     commands = [
-        [sys.executable, "-m", "venv", str(folder)],
-        [str(_python(engine)), "-m", "pip", "install", "--quiet", "-r", str(REQUIREMENTS / f"{engine}.txt")],
+        [sys.executable, "-m", "venv", str(own.parents[1])],
+        [str(own), "-m", "pip", "install", "--quiet", "-r", str(REQUIREMENTS / f"{engine}.txt")],
     ]
     for command in commands:
         if (done := subprocess.run(command)).returncode:
@@ -157,7 +158,8 @@ def prepared(job: Job) -> Job:
     Raises:
         EngineError: The conversion failed, or the engine isn't installed.
     """
-    if job.variant not in import_module(f"benchmarks.engines.{job.engine}").PREPARED:
+    conversion = import_module(f"benchmarks.engines.{job.engine}").PREPARED.get(job.variant)
+    if conversion is None:
         return job
     folder = Path(job.source)
     if not folder.exists():
@@ -167,17 +169,13 @@ def prepared(job: Job) -> Job:
         stage.mkdir(parents=True)
         try:
             done = subprocess.run(
-                _command(dataclasses.replace(job, source=str(stage)), "prepare"),
+                _command(dataclasses.replace(job, variant=conversion, source=str(stage)), "prepare"),
                 capture_output=True,
-                text=True,
                 env=_environment(job.threads),
                 cwd=ROOT,
             )
             if done.returncode:
-                lines = done.stderr.strip().splitlines() or ["no message"]
-                if "ModuleNotFoundError" in lines[-1]:
-                    lines[-1] += f"; run: {install_command(job.engine)}"
-                raise EngineError(f"{name_of(job)}: can't convert {job.checkpoint}: {lines[-1]}")
+                raise EngineError(f"{name_of(job)}: can't convert {job.checkpoint}: {_last_line(job, done.stderr)}")
             stage.rename(folder)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
@@ -190,8 +188,12 @@ def _command(job: Job, action: str) -> list[str]:
 
 def _python(engine: str) -> Path:
     """Its own environment's, if it needs one, else the one that runs now."""
-    own = HOME / "environments" / engine / "bin" / "python"
+    own = _own_python(engine)
     return own if own.exists() else Path(sys.executable)
+
+
+def _own_python(engine: str) -> Path:
+    return HOME / "environments" / engine / "bin" / "python"
 
 
 def _environment(threads: int) -> dict[str, str]:
@@ -200,7 +202,7 @@ def _environment(threads: int) -> dict[str, str]:
     return held | dict.fromkeys(THREAD_VARIABLES, str(threads)) | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
-def _last_line(log: Any) -> str:  # noqa: ANN401
-    log.seek(0)
-    lines = log.read().decode("utf-8", "replace").strip().splitlines()
-    return lines[-1][:300] if lines else "it left no message"
+def _last_line(job: Job, log: bytes) -> str:
+    lines = log.decode("utf-8", "replace").strip().splitlines() or ["it left no message"]
+    hint = f"; run: {install_command(job.engine)}" if "ModuleNotFoundError" in lines[-1] else ""
+    return lines[-1][:300] + hint

@@ -16,8 +16,12 @@ SENSES = {
     "disk MB": -1,
 }
 """What is compared, and whether more of it is better. Times aren't: machines differ, and the ratios say it better."""
+TOLERANCES = {"ratio": 0.03, "peak MB": 0.1}
+"""Of the old median, beyond the spread of both: of figures that come out differently each time."""
 TOLERANCE = 0.001
-"""Of the old median, for figures without a spread."""
+"""Of figures that repeat."""
+FEW, FEW_TOLERANCE = 6, 0.25
+"""A ratio of fewer runs: of three and three, one in ten pairs won't overlap though nothing has changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +35,16 @@ class Change:
 
     @property
     def verdict(self) -> int:
-        """1 if it is better beyond the spread of both, -1 if worse, else 0."""
-        slack = TOLERANCE * abs(self.old.median)
+        """1 if it is better beyond the spread of both and a tolerance, -1 if worse, else 0."""
+        few = self.figure == "ratio" and min(self.old.runs, self.new.runs) < FEW
+        slack = (FEW_TOLERANCE if few else TOLERANCES.get(self.figure, TOLERANCE)) * abs(self.old.median)
         risen = self.new.low > self.old.high + slack
         fallen = self.new.high < self.old.low - slack
         return SENSES[self.figure] * (risen - fallen)
 
 
 def compare(old: Sequence[Result], new: Sequence[Result]) -> list[Change]:
-    """The figures that both have.
+    """The figures that both have, but for growth's, which is the course of a curve from a single round.
 
     Args:
         old: The newest results of one file.
@@ -49,7 +54,7 @@ def compare(old: Sequence[Result], new: Sequence[Result]) -> list[Change]:
     return [
         Change(_name(result), name, before[result.key].figures[name], figure)
         for result in new
-        if result.key in before
+        if result.key in before and result.benchmark != "growth"
         for name, figure in result.figures.items()
         if name in SENSES and name in before[result.key].figures
     ]

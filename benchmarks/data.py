@@ -1,6 +1,7 @@
 """The data that engines are measured on: STS pairs, BEIR folders, and texts of a given length."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import random
@@ -14,6 +15,10 @@ from export.calibrate import calibration_texts
 
 LENGTHS = {"short": (6, 14), "medium": (40, 120), "long": (180, 400)}
 """Fewest and most words of a text of each kind: a query or title, a paragraph, a page."""
+DOCUMENTS = "documents"
+"""Another kind: whole ones of a corpus."""
+AS_IT_COMES, SORTED = "as it comes", "by length"
+"""Orders of texts; the latter spares engines that don't sort them themselves their padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,13 @@ class Beir:
     queries: dict[str, str]
     """Only those with a judgement."""
     qrels: dict[str, dict[str, int]]
+
+    def first(self, count: int) -> "Beir":
+        """The same with its first so many queries alone."""
+        kept = list(self.queries)[:count]
+        return dataclasses.replace(
+            self, queries={q: self.queries[q] for q in kept}, qrels={q: self.qrels[q] for q in kept}
+        )
 
 
 def read_sts(path: Path) -> Pairs:
@@ -70,7 +82,9 @@ def read_beir(folder: Path) -> Beir:
     Raises:
         DataError: A file is missing or malformed, or a judgement names a document or a query that isn't there.
     """
-    corpus = {row["_id"]: f"{row.get('title', '')} {row['text']}".strip() for row in _records(folder / "corpus.jsonl")}
+    corpus = {
+        row["_id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in _records(folder / "corpus.jsonl")
+    }
     queries = {row["_id"]: row["text"] for row in _records(folder / "queries.jsonl")}
     qrels: dict[str, dict[str, int]] = {}
     path = folder / "qrels" / "test.tsv"

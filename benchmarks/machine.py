@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -23,12 +24,17 @@ SIZE = 1024
 
 
 def describe_machine() -> dict[str, Any]:
-    """CPU model, usable cores, instruction sets that matter, memory in GB, and the system."""
+    """CPU model, usable cores, instruction sets that matter, memory in GB, the system, and the GPU if there is one."""
     info = Path("/proc/cpuinfo")
     lines = [line.partition(":") for line in info.read_text().splitlines()] if info.exists() else []
     fields = {name.strip(): value.strip() for name, _, value in lines}
     flags = fields.get("flags", fields.get("Features", "")).split()
-    return {
+    gpu = {}
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        named = subprocess.run(query, capture_output=True, text=True)
+        gpu = {"gpu": named.stdout.splitlines()[0].strip()} if not named.returncode and named.stdout.strip() else {}
+    return gpu | {
         "cpu": fields.get("model name", platform.processor() or platform.machine()),
         "cores": usable_cpus(),
         "instructions": [name for name in INSTRUCTIONS if name in flags],
@@ -57,16 +63,20 @@ def commit(root: Path) -> str:
         return "unknown"
 
 
-def peaks(threads: int, seconds: float = 0.5) -> dict[str, float]:
+def peaks(threads: int, device: str = "cpu", seconds: float = 0.5) -> dict[str, float]:
     """The most that matrix products reach here, in 10⁹ operations a second.
 
     Args:
         threads: Threads of ONNX Runtime.
+        device: ``cpu`` or ``cuda``.
         seconds: Time for each measurement.
 
     Returns:
-        ``fp32`` by the faster of ONNX Runtime and numpy, ``int8`` by ONNX Runtime (u8 × s8).
+        On a CPU ``fp32`` by the faster of ONNX Runtime and numpy, and ``int8`` by ONNX Runtime (u8 × s8); on CUDA
+        ``fp32`` and ``fp16`` by torch, or nothing where torch has no CUDA.
     """
+    if device == "cuda":
+        return _cuda_peaks(seconds)
     draw = np.random.default_rng(0)
     floats = [draw.standard_normal((SIZE, SIZE), np.float32) for _ in range(2)]
     bytes_ = [
@@ -98,7 +108,24 @@ def _product(operator: str, operands: list[np.ndarray], result: int, threads: in
     return lambda: session.run(None, {"a": operands[0]})
 
 
-def _rate(product: Callable[[], object], seconds: float) -> float:
+def _cuda_peaks(seconds: float) -> dict[str, float]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    size, rates = 8 * SIZE, {}
+    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
+        a, b = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
+
+        def product(a: Any = a, b: Any = b) -> None:  # noqa: ANN401
+            torch.matmul(a, b)
+            torch.cuda.synchronize()
+
+        rates[name] = _rate(product, seconds, size)
+    return rates
+
+
+def _rate(product: Callable[[], object], seconds: float, size: int = SIZE) -> float:
     """The best of many, since a peak is what nothing disturbed."""
     product()
     best, end = float("inf"), time.perf_counter() + seconds
@@ -106,4 +133,4 @@ def _rate(product: Callable[[], object], seconds: float) -> float:
         start = time.perf_counter()
         product()
         best = min(best, time.perf_counter() - start)
-    return 2 * SIZE**3 / best / 1e9
+    return 2 * size**3 / best / 1e9

@@ -51,7 +51,7 @@ def measure_mteb(embedder: Embedder, name: str, journal: Journal) -> list[Result
 
 
 def mteb_encoder(embedder: Embedder) -> Any:  # noqa: ANN401  mteb may not be there
-    """Our embedder by mteb's ``EncoderProtocol``: queries get their prompt, and everything else is a passage."""
+    """Our embedder by mteb's ``EncoderProtocol``: queries and documents get their prompts, other texts none."""
     from mteb.models import ModelMeta
     from mteb.models.abs_encoder import AbsEncoder
 
@@ -60,9 +60,8 @@ def mteb_encoder(embedder: Embedder) -> Any:  # noqa: ANN401  mteb may not be th
 
         def encode(self, inputs: Any, *, prompt_type: Any = None, **kwargs: Any) -> NDArray[np.float32]:  # noqa: ANN401
             texts = [text for batch in inputs for text in batch["text"]]
-            encode = (
-                embedder.encode_queries if getattr(prompt_type, "value", None) == "query" else embedder.encode_corpus
-            )
+            by_type = {"query": embedder.encode_queries, "document": embedder.encode_corpus}
+            encode = by_type.get(getattr(prompt_type, "value", ""), embedder.encode)
             return np.asarray(encode(texts), np.float32)
 
     return Encoder()

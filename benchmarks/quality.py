@@ -1,7 +1,9 @@
 """Quality: STS, retrieval, and retrieval in two stages, of every engine by the same rule."""
 
+import functools
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ir_measures
@@ -9,9 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from benchmarks.client import Worker, name_of, prepared
+from benchmarks.client import Worker, prepared
 from benchmarks.data import Beir, Pairs
+from benchmarks.engines import SAME_ANSWERS
+from benchmarks.errors import EngineError
 from benchmarks.results import Figure, Journal, Result
+from benchmarks.subject import BASELINE
 from benchmarks.worker import Job
 
 BATCH = 32
@@ -25,89 +30,49 @@ Ranking = dict[str, dict[str, float]]
 """Scores by query and document."""
 
 
-def measure_sts(job: Job, name: str, pairs: Pairs, journal: Journal) -> list[Result]:
-    """Spearman's correlation (×100) of cosines, or of a reranker's scores, with human ones, as MTEB reports it.
+def measure_quality(
+    jobs: Sequence[Job],
+    name: str,
+    journal: Journal,
+    *,
+    pairs: Pairs | None = None,
+    data: Beir | None = None,
+    prompts: dict[str, str] | None = None,
+    found: Callable[[Result], object] = lambda result: None,
+    left_out: Callable[[EngineError], object] = lambda error: None,
+) -> None:
+    """STS and, of embedders, retrieval of each engine; and how close vectors are to the baseline's, if that is there.
 
     Args:
-        job: The engine.
+        jobs: The engines, the baseline first.
         name: The model's.
-        pairs: What is scored.
-        journal: Gets the result.
-
-    Returns:
-        The result; none if the journal has it already.
-
-    Raises:
-        EngineError: The engine is missing or failed.
-    """
-    result = _result("sts", job, name, {"data": pairs.name, "pairs": len(pairs.gold)})
-    if result in journal:
-        return []
-    with Worker(prepared(job)) as worker:
-        if job.kind == "reranker":
-            scores = worker.answers(list(zip(pairs.left, pairs.right, strict=True)), BATCH)
-        else:
-            a, b = (worker.answers(side, BATCH) for side in (pairs.left, pairs.right))
-            scores = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-        return [_add(journal, result, worker, {"spearman": 100 * float(spearmanr(scores, pairs.gold).statistic)})]
-
-
-def measure_retrieval(job: Job, name: str, data: Beir, prompts: dict[str, str], journal: Journal) -> list[Result]:
-    """nDCG@10, Recall@100 and MRR@10 of exact search by an embedder.
-
-    Args:
-        job: The engine.
-        name: The model's.
-        data: What is searched.
+        journal: Gets the results, and is asked what it has already.
+        pairs: STS.
+        data: A retrieval task.
         prompts: The model's, by ``query`` and ``passage``.
-        journal: Gets the result.
-
-    Returns:
-        The result; none if the journal has it already.
-
-    Raises:
-        EngineError: The engine is missing or failed.
+        found: Is told of every result.
+        left_out: Is told of every engine that is missing or failed; the rest goes on.
     """
-    result = _result("retrieval", job, name, {"data": data.name})
-    if result in journal:
-        return []
-    with Worker(prepared(job)) as worker:
-        return [_add(journal, result, worker, rank_metrics(data.qrels, nearest(worker, data, prompts)))]
-
-
-def measure_cosines(jobs: Sequence[Job], name: str, data: str, texts: list[str], journal: Journal) -> list[Result]:
-    """The mean and least cosine of vectors to those of the first job.
-
-    Args:
-        jobs: The engine that the others are compared with, and the others.
-        name: The model's.
-        data: What the texts are called.
-        texts: What is embedded.
-        journal: Gets a result for each engine but the first.
-
-    Returns:
-        The results, none if the journal has all of them already.
-
-    Raises:
-        EngineError: An engine is missing or failed.
-    """
-    settings = {"data": data, "texts": len(texts), "to": name_of(jobs[0])}
-    missing = [job for job in jobs[1:] if _result("cosine", job, name, settings) not in journal]
-    results, expected = [], None
-    for job in [jobs[0], *missing] if missing else []:
-        with Worker(prepared(job)) as worker:
-            vectors = _unit(worker.answers(texts, BATCH).astype(np.float64))
-            if expected is None:
-                expected = vectors
-                continue
-            found = (vectors * expected).sum(1)
-            figures = {"cosine mean": float(found.mean()), "cosine min": float(found.min())}
-            results.append(_add(journal, _result("cosine", job, name, settings), worker, figures))
-    return results
+    reference = None
+    for job in jobs:
+        if job.variant in SAME_ANSWERS:
+            continue
+        try:
+            if pairs:
+                for result in _sts(job, name, pairs, journal, reference):
+                    found(result)
+            if data and job.kind == "embedder":
+                for result in _retrieval(job, name, data, prompts or {}, journal, reference):
+                    found(result)
+        except EngineError as error:
+            left_out(error)
+            continue
+        if (job.engine, job.variant) == BASELINE and job.kind == "embedder":
+            reference = job
 
 
 def measure_two_stages(
-    embedders: Sequence[Job],
+    embedder: Job,
     reranker: Job,
     names: tuple[str, str],
     data: Beir,
@@ -115,34 +80,30 @@ def measure_two_stages(
     journal: Journal,
     progress: Callable[[str, float], object] = lambda step, share: None,
 ) -> list[Result]:
-    """``measure_retrieval`` after a reranker has sorted the nearest 100 again.
+    """Retrieval before and after a reranker has sorted the nearest 100 again.
 
     Args:
-        embedders: Engines for the first stage; what several of them find is scored once.
+        embedder: The engine for the first stage.
         reranker: The engine for the second.
         names: Of the embedding and the reranking model.
         data: What is searched.
         prompts: The embedder's.
-        journal: Gets a result for each of ``embedders``.
+        journal: Gets the result.
         progress: Called with a description and the share that is done.
 
     Returns:
-        The results, none if the journal has all of them already.
+        The result; none if the journal has it already.
 
     Raises:
         EngineError: An engine is missing or failed.
     """
-    results = []
-    for job in embedders:
-        first = {"embedder": f"{names[0]} {job.engine} {job.variant}", "candidates": CANDIDATES}
-        results.append(_result("two-stage", reranker, names[1], {"data": data.name, **first}))
-    if all(result in journal for result in results):
+    first = {"embedder": f"{names[0]} {embedder.engine} {embedder.variant}", "candidates": CANDIDATES}
+    settings = {"data": data.name, "queries": len(data.queries)} | first
+    result = _result("two-stage", reranker, names[1], settings)
+    if result in journal:
         return []
-    found = []
-    for job in embedders:
-        with Worker(prepared(job)) as worker:
-            found.append(nearest(worker, data, prompts))
-    pairs = sorted({(query, document) for run in found for query, docs in run.items() for document in docs})
+    found = _nearest(_answers(embedder, _searched(data, prompts)).found, data)
+    pairs = [(query, document) for query, documents in found.items() for document in documents]
     texts = [(data.queries[query], data.corpus[document]) for query, document in pairs]
     scores: list[float] = []
     with Worker(prepared(reranker)) as worker:
@@ -151,24 +112,76 @@ def measure_two_stages(
             scores += worker.answers(texts[first_pair : first_pair + CHUNK], BATCH).tolist()
             progress(f"{reranker.engine} {reranker.variant} reranks", len(scores) / len(texts))
         rate = len(texts) / (time.perf_counter() - start)
-        by_pair = dict(zip(pairs, scores, strict=True))
-        return [
-            _add(
-                journal,
-                result,
-                worker,
-                rank_metrics(data.qrels, {q: {d: by_pair[q, d] for d in docs} for q, docs in run.items()})
-                | {"pairs/s": rate},
-            )
-            for result, run in zip(results, found, strict=True)
-        ]
+    ranked: Ranking = {query: {} for query in found}
+    for (query, document), score in zip(pairs, scores, strict=True):
+        ranked[query][document] = score
+    before = {f"first {metric}": value for metric, value in rank_metrics(data.qrels, found).items()}
+    figures = before | rank_metrics(data.qrels, ranked) | {"pairs/s": rate}
+    return [_add(journal, result, worker.versions, figures)]
 
 
-def nearest(worker: Worker, data: Beir, prompts: dict[str, str]) -> Ranking:
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """What an engine made of some inputs, in a process of its own."""
+
+    found: Floats
+    peak_mb: float
+    versions: dict[str, str]
+
+
+@functools.lru_cache(maxsize=4)  # an engine's, and the baseline's, which every engine's are compared with
+def _answers(job: Job, inputs: tuple[Any, ...]) -> _Answers:
+    with Worker(prepared(job)) as worker:
+        found = worker.answers(list(inputs), BATCH)
+        return _Answers(found, worker.ask("memory")["peak_mb"], worker.versions)
+
+
+def _sts(job: Job, name: str, pairs: Pairs, journal: Journal, reference: Job | None) -> list[Result]:
+    """Spearman's correlation (×100) of cosines, or of a reranker's scores, with human ones, as MTEB reports it."""
+    result = _result("sts", job, name, {"data": pairs.name, "pairs": len(pairs.gold)})
+    if result in journal:
+        return []
+    if job.kind == "reranker":
+        inputs: tuple[Any, ...] = tuple(zip(pairs.left, pairs.right, strict=True))
+        scores = (answers := _answers(job, inputs)).found
+    else:
+        inputs = (*pairs.left, *pairs.right)
+        a, b = np.split(_unit((answers := _answers(job, inputs)).found), 2)
+        scores = (a * b).sum(1)
+    figures = {"spearman": 100 * float(spearmanr(scores, pairs.gold).statistic)}
+    return [_add(journal, result, answers.versions, figures | _cosines(answers, reference, inputs))]
+
+
+def _retrieval(
+    job: Job, name: str, data: Beir, prompts: dict[str, str], journal: Journal, reference: Job | None
+) -> list[Result]:
+    """nDCG@10, Recall@100 and MRR@10 of exact search, and the memory that it took to embed the whole corpus."""
+    result = _result("retrieval", job, name, {"data": data.name})
+    if result in journal:
+        return []
+    answers = _answers(job, inputs := _searched(data, prompts))
+    figures = rank_metrics(data.qrels, _nearest(answers.found, data)) | {"peak MB": answers.peak_mb}
+    return [_add(journal, result, answers.versions, figures | _cosines(answers, reference, inputs))]
+
+
+def _cosines(answers: _Answers, reference: Job | None, inputs: tuple[Any, ...]) -> dict[str, float]:
+    """The mean and the least cosine to the reference's vectors, if there is one."""
+    if reference is None:
+        return {}
+    found = (_unit(answers.found) * _unit(_answers(reference, inputs).found)).sum(1)
+    return {"cosine mean": float(found.mean()), "cosine min": float(found.min())}
+
+
+def _searched(data: Beir, prompts: dict[str, str]) -> tuple[str, ...]:
+    """Queries and documents, as they are embedded."""
+    queries = (prompts.get("query", "") + text for text in data.queries.values())
+    return (*queries, *(prompts.get("passage", "") + text for text in data.corpus.values()))
+
+
+def _nearest(vectors: Floats, data: Beir) -> Ranking:
     """The 100 documents nearest to each query by cosine."""
-    queries = worker.answers([prompts.get("query", "") + text for text in data.queries.values()], BATCH)
-    corpus = worker.answers([prompts.get("passage", "") + text for text in data.corpus.values()], BATCH)
-    scores = _unit(queries) @ _unit(corpus).T
+    queries, corpus = np.split(_unit(vectors), [len(data.queries)])
+    scores = queries @ corpus.T
     best = np.argsort(-scores, axis=1, kind="stable")[:, :CANDIDATES]
     ids = list(data.corpus)
     return {
@@ -184,14 +197,17 @@ def rank_metrics(qrels: dict[str, dict[str, int]], run: Ranking) -> dict[str, fl
 
 
 def _result(benchmark: str, job: Job, name: str, settings: dict[str, object]) -> Result:
+    if job.device != "cpu":
+        settings = settings | {"device": job.device}
     return Result(
         benchmark=benchmark, engine=job.engine, variant=job.variant, model=name, settings=settings, figures={}
     )
 
 
-def _add(journal: Journal, result: Result, worker: Worker, figures: dict[str, float]) -> Result:
-    return journal.add(result.filled({name: Figure.of(value) for name, value in figures.items()}, worker.versions))
+def _add(journal: Journal, result: Result, versions: dict[str, str], figures: dict[str, float]) -> Result:
+    return journal.add(result.filled({name: Figure.of(value) for name, value in figures.items()}, versions))
 
 
 def _unit(vectors: NDArray[Any]) -> NDArray[Any]:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    exact = vectors.astype(np.float64)  # so that equal vectors have a cosine of 1
+    return exact / np.linalg.norm(exact, axis=1, keepdims=True)

@@ -1,11 +1,12 @@
 """Results for people: Markdown tables, and the README's section, which is never typed by hand."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from benchmarks.data import AS_IT_COMES, DOCUMENTS, SORTED
 from benchmarks.errors import DataError
 from benchmarks.plots import draw
 from benchmarks.results import Figure, Result, newest, read_results
@@ -19,9 +20,12 @@ TITLES = {
     "openvino": "OpenVINO",
     "flashrank": "FlashRank",
 }
-QUALITY = {"sts": {"spearman": "Spearman × 100"}, "retrieval": {name: name for name in ("nDCG@10", "R@100", "MRR@10")}}
+QUALITY = {
+    "sts": {"spearman": "Spearman × 100", "cosine mean": "mean cosine", "cosine min": "least cosine"},
+    "retrieval": {name: name for name in ("nDCG@10", "R@100", "MRR@10")},
+}
 """Figures by benchmark, and what tables call them; the first of each stands in the README."""
-KINDS = {"short": "6–14 words", "medium": "40–120 words", "long": "180–400 words"}
+KINDS = {"short": "6–14 words", "medium": "40–120 words", "long": "180–400 words", DOCUMENTS: "documents"}
 
 Row = Sequence[str]
 Show = Callable[[Figure, Figure | None], str]
@@ -52,6 +56,54 @@ class Column:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """What our int8 is asked to reach in a figure, by the dimensions of the model."""
+
+    what: str
+    benchmark: str
+    figure: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    bars: dict[int, float] = field(default_factory=dict)
+    at_most: bool = False
+    beside: Literal["minus", "over"] | None = None
+    """How the figure is set beside the baseline's, if it is."""
+
+
+def _speed_bars() -> Iterator[Bar]:
+    stock, scheduled, torch = "optimum int8", "optimum int8-scheduled", " ".join(BASELINE)
+    streams = ("openvino int8", "openvino int8-throughput")
+    for kind, bars in (
+        ("short", {stock: {384: 1.4}, scheduled: {384: 1.1}}),
+        (DOCUMENTS, {stock: {384: 1.5, 768: 1.15}, scheduled: {384: 1.1}, torch: {384: 4.0}}),
+    ):
+        bars |= {"optimum fp32-o3": {768: 3.0}} | dict.fromkeys(streams, {384: 0.85, 768: 0.85})
+        for other in (stock, scheduled, *streams, "optimum fp32-o3", torch):
+            texts = "whole documents" if kind == DOCUMENTS else KINDS[kind]
+            yield Bar(f"{texts}, times {other}", "bulk", f"to {other}", {"texts": kind}, bars.get(other, {}))
+    for other in (stock, *streams, torch):
+        bar = {384: 1 / 0.55} if other == stock else {}
+        yield Bar(f"one query, times {other}", "latency", f"to {other}", {"callers": 1}, bar)
+
+
+INT8 = (
+    *_speed_bars(),
+    Bar("STS, Spearman × 100", "sts", "spearman", {}, {384: 81.95}),
+    Bar("STS, cosine to torch fp32, mean", "sts", "cosine mean", {}, {384: 0.997}),
+    Bar("STS, cosine to torch fp32, least", "sts", "cosine min", {}, {384: 0.96}),
+    Bar("retrieval, nDCG@10 beyond torch fp32's", "retrieval", "nDCG@10", {}, {384: -0.003}, beside="minus"),
+    Bar("retrieval, cosine to torch fp32, mean", "retrieval", "cosine mean", {}, {384: 0.997}),
+    Bar("retrieval, cosine to torch fp32, least", "retrieval", "cosine min", {}, {384: 0.96}),
+    Bar(
+        "RAM to embed the corpus, of torch fp32's", "retrieval", "peak MB", {}, {384: 0.5}, at_most=True, beside="over"
+    ),
+    Bar("RAM with 32 texts, of torch fp32's", "cold", "peak MB", {}, at_most=True, beside="over"),
+    Bar("RAM with 32 texts, MB", "cold", "peak MB", at_most=True),
+    Bar("weights on disk, MB", "cold", "disk MB", {}, {384: 24.0}, at_most=True),
+)
+"""The bars are those that all-MiniLM-L6-v2 (384 dimensions) and a model of bge-base's size (768) were given."""
+
+
 def newest_results(path: Path) -> list[Result]:
     """Of each benchmark and model in a results file the last run, which is what gets reported.
 
@@ -76,9 +128,8 @@ def section(results: Sequence[Result], source: str) -> str:
         f"[all tables and plots]({source.removesuffix('.jsonl')}/report.md). {_origin(results)}",
     ]
     for model in _models(results):
-        parts += _engines(results, model, f"**Speed of {model}**, {RATIO}:", _speed(results))
-        parts += _engines(results, model, f"**Cost and quality of {model}**, {COST}:", _cost(results))
-    parts += [*_two_stages(results), *_retriever(results)]
+        title = f"**{model}**, speed as times that of sentence-transformers in torch fp32 (medians):"
+        parts += _engines(results, model, title, _headline(results))
     return "\n\n".join(parts) + "\n"
 
 
@@ -123,26 +174,25 @@ def full_report(results: Sequence[Result], plots: Sequence[str]) -> str:
     return "\n\n".join([*parts, *(f"![{name}]({name})" for name in plots)]) + "\n"
 
 
-def int8_table(results: Sequence[Result], model: str) -> str:
-    """One table of our int8 beside the other engines: their figures, and in brackets ours divided by theirs."""
-    ours = ("ours", "int8")
-    bulk = [
-        Column(f"tokens/s, {words}", "bulk", "tokens/s", divided, {"texts": kind, "order": "by length"})
-        for kind, words in KINDS.items()
-    ]
-    cost = [
-        Column("ms a query", "latency", "p50 ms", divided, {"callers": 1}),
-        Column("MB RAM", "cold", "peak MB", divided),
-        Column("MB disk", "cold", "disk MB", divided),
-    ]
-    cosines = [
-        Column(f"{data} {name}", "cosine", name, precisely, {"data": data})
-        for data in dict.fromkeys(r.settings["data"] for r in results if r.benchmark == "cosine")
-        for name in ("cosine mean", "cosine min")
-    ]
-    quality = [dataclasses.replace(column, show=precisely) for column in _quality(results, first=True)]
-    title = f"**int8 of {model}** beside others, in brackets its figure divided by theirs:"
-    return "\n\n".join([*_engines(results, model, title, [*bulk, *cost, *quality, *cosines], ours), _origin(results)])
+def int8_table(results: Sequence[Result], model: str, dim: int) -> str:
+    """One table of our int8: each figure that was measured, beside the bar if it has one."""
+    rows = []
+    for bar in INT8:
+        column = Column(bar.what, bar.benchmark, bar.figure, spread, bar.settings)
+        figure, baseline = (column.of(results, model, *engine) for engine in (("ours", "int8"), BASELINE))
+        if figure is None or (bar.beside and baseline is None):
+            continue
+        if bar.beside and baseline:
+            value = figure.median - baseline.median if bar.beside == "minus" else figure.median / baseline.median
+            figure = Figure.of(value)
+        low, high, value = figure.low, figure.high, figure.median
+        shown = f"{value:.4g} ({low:.4g}–{high:.4g})" if figure.runs > 1 else f"{value:.5g}"
+        limit = bar.bars.get(dim)
+        met = limit is None or (value <= limit if bar.at_most else value >= limit)
+        asked = "" if limit is None else f"{'≤' if bar.at_most else '≥'} {limit:.4g}"
+        rows.append([bar.what, shown, asked, "" if limit is None else "met" if met else "**missed**"])
+    title = f"**int8 of {model}**: times as fast as others in the same round, in brackets the least and the greatest"
+    return "\n\n".join([f"{title}:", markdown_table(["", "bge-onnx int8", "bar", ""], rows), _origin(results)])
 
 
 def update_readme(readme: Path, text: str) -> bool:
@@ -193,25 +243,32 @@ def percent(figure: Figure, baseline: Figure | None = None) -> str:
     return f"{100 * figure.median:.0f}%"
 
 
+def precisely(figure: Figure, baseline: Figure | None = None) -> str:
+    """Quality, as people compare it."""
+    return f"{figure.median:.2f}" if figure.median > 2 else f"{figure.median:.4f}"
+
+
 def retained(figure: Figure, baseline: Figure | None) -> str:
     """The figure, and its share of the baseline's."""
-    shown = f"{figure.median:.2f}" if figure.median > 2 else f"{figure.median:.4f}"
+    shown = precisely(figure)
     return shown if baseline is None else f"{shown} ({100 * figure.median / baseline.median:.1f}%)"
-
-
-def divided(figure: Figure, baseline: Figure | None) -> str:
-    """The figure, and the baseline's divided by it."""
-    shown = _digits(figure.median)
-    return shown if baseline is None else f"{shown} ({baseline.median / figure.median:.2f})"
-
-
-def precisely(figure: Figure, baseline: Figure | None = None) -> str:
-    """Five significant digits."""
-    return f"{figure.median:.5g}"
 
 
 RATIO = "times that of sentence-transformers in torch fp32, in brackets the least and the greatest of all runs"
 COST = "peak: of the machine's own matrix products in the same precision; in brackets what is retained of torch fp32's"
+
+
+def _headline(results: Sequence[Result]) -> list[Column]:
+    """What the README shows: no sorted texts, and one caller and the most alone."""
+    columns = _speed(results)
+    between = sorted({c.settings["callers"] for c in columns if "callers" in c.settings})[1:-1]
+    speed = [
+        dataclasses.replace(column, show=median)
+        for column in columns
+        if column.settings.get("order") != SORTED and column.settings.get("callers") not in between
+    ]
+    cost = [Column("MB RAM", "cold", "peak MB", median), Column("MB disk", "cold", "disk MB", median)]
+    return [*speed, *cost, *(dataclasses.replace(column, show=precisely) for column in _quality(results, first=True))]
 
 
 def _speed(results: Sequence[Result]) -> list[Column]:
@@ -227,13 +284,13 @@ def _bulk(results: Sequence[Result], figure: str) -> list[Column]:
     """As the texts come, and sorted by length beforehand where that was measured."""
     return [
         Column(f"{words}{note}", "bulk", figure, spread, {"texts": kind, "order": order})
-        for order, note in (("as it comes", ""), ("by length", ", sorted"))
+        for order, note in ((AS_IT_COMES, ""), (SORTED, ", sorted"))
         for kind, words in KINDS.items()
     ]
 
 
 def _cost(results: Sequence[Result]) -> list[Column]:
-    medium = {"texts": "medium", "order": "as it comes"}
+    medium = {"texts": "medium", "order": AS_IT_COMES}
     return [
         Column("texts/s", "bulk", "texts/s", median, medium),
         Column("peak", "bulk", "share", percent, medium),
@@ -292,7 +349,7 @@ def _engines(
 
 
 def _two_stages(results: Sequence[Result]) -> list[str]:
-    """Retrieval after a reranker."""
+    """Retrieval before and after a reranker."""
     held = [result for result in results if result.benchmark == "two-stage"]
     if not held:
         return []
@@ -300,12 +357,14 @@ def _two_stages(results: Sequence[Result]) -> list[str]:
     rows = []
     for result in held:
         model, engine, variant = result.settings["embedder"].split(" ")
-        figures = [f"{result.figures[name].median:.4f}" for name in metrics]
+        figures = {name: f"{figure.median:.4f}" for name, figure in result.figures.items()}
+        cells = [figures.get(f"{stage}{name}", "") for name in metrics for stage in ("first ", "")]
         second = f"{result.model}, {_engine(result.engine, result.variant)}"
-        rows.append([f"{model}, {_engine(engine, variant)}", second, *figures, median(result.figures["pairs/s"])])
-    settings = held[0].settings
-    title = f"**Two stages on {settings['data']}**: the {settings['candidates']} nearest, sorted again by the reranker:"
-    return [title, markdown_table(["first stage", "second stage", *metrics, "pairs/s"], rows)]
+        rows.append([f"{model}, {_engine(engine, variant)}", second, *cells, median(result.figures["pairs/s"])])
+    data, queries = (held[0].settings.get(name, "all") for name in ("data", "queries"))
+    title = f"**Two stages on {data}** ({queries} queries): the nearest {held[0].settings['candidates']} sorted again:"
+    header = [f"{name}{stage}" for name in metrics for stage in (" before", " after")]
+    return [title, markdown_table(["first stage", "second stage", *header, "pairs/s"], rows)]
 
 
 def _retriever(results: Sequence[Result]) -> list[str]:
@@ -345,7 +404,10 @@ def _origin(results: Iterable[Result]) -> str:
     """Machine, versions and commits that the results come from."""
     held = list(results)
     machines = {
-        f"{m['cpu']}, {m['cores']} cores, {', '.join(m['instructions'])}, {m['memory_gb']} GB, {m['system']}"
+        ", ".join(
+            [*([m["gpu"]] if "gpu" in m else []), m["cpu"], f"{m['cores']} cores", *m["instructions"]]
+            + [f"{m['memory_gb']} GB", m["system"]]
+        )
         for m in (result.machine for result in held)
     }
     packages: dict[str, set[str]] = {}

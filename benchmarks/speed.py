@@ -5,14 +5,14 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.client import Worker, name_of, prepared
-from benchmarks.data import LENGTHS, sample_texts
+from benchmarks.data import AS_IT_COMES, DOCUMENTS, LENGTHS, SORTED, sample_texts
 from benchmarks.errors import EngineError
 from benchmarks.machine import peaks, versions
 from benchmarks.results import Figure, Journal, Result
@@ -38,50 +38,56 @@ class Profile:
     """How often every engine is started anew."""
     rounds: int
     """How often the engines take turns after each start."""
-    texts: dict[str, int]
-    """How many texts of each of ``LENGTHS``."""
-    orders: tuple[str, ...]
-    """In which order they come; ``by length`` spares the engines that don't sort their padding."""
+    bulk: tuple[tuple[str, int, str], ...]
+    """Kinds of texts, one of ``LENGTHS`` or ``documents``, how many, and in which order."""
     callers: tuple[int, ...]
     """How many ask at once, in the order of measuring."""
     queries: int
     """How many queries' latencies make a round."""
     indexed: int
     """Texts that the retriever indexes."""
-    growth: bool
+    reranked: int
+    """Queries whose nearest documents a reranker sorts."""
+    growth: bool = False
     """Whether to measure how cost grows with length, batch, corpus and threads."""
+    operations: float = inf
+    """Most of a call in bulk; larger models get fewer texts, but a batch at least."""
 
 
 PROFILES = {
     "quick": Profile(
         starts=2,
         rounds=3,
-        texts={"short": 128, "medium": 32, "long": 12},
-        orders=("as it comes",),
+        bulk=(("short", 128, AS_IT_COMES), ("medium", 32, AS_IT_COMES), ("long", 12, AS_IT_COMES)),
         callers=(1, 16),
         queries=48,
         indexed=5_000,
-        growth=False,
+        reranked=5,
     ),
     "full": Profile(
-        starts=3,
+        starts=2,
         rounds=3,
-        texts={"short": 256, "medium": 64, "long": 24},
-        orders=("as it comes", "by length"),
+        bulk=(
+            ("short", 192, AS_IT_COMES),
+            ("medium", 64, AS_IT_COMES),
+            ("medium", 64, SORTED),
+            ("long", 16, AS_IT_COMES),
+        ),
         callers=(1, 4, 16),
-        queries=96,
-        indexed=100_000,
+        queries=48,
+        indexed=20_000,
+        reranked=25,
         growth=True,
     ),
     "int8": Profile(
         starts=2,
-        rounds=4,
-        texts={"short": 256, "medium": 64, "long": 24},
-        orders=("by length",),
+        rounds=3,
+        bulk=(("short", 256, SORTED), (DOCUMENTS, 128, SORTED)),
         callers=(1,),
-        queries=96,
+        queries=48,
         indexed=5_000,
-        growth=False,
+        reranked=5,
+        operations=0.7e12,
     ),
 }
 
@@ -119,28 +125,36 @@ def measure_speed(bench: Bench) -> None:
 
     Whatever an engine has done in a start's rounds is recorded at once, and isn't measured again if the journal has it.
     """
-    profile, medium = bench.profile, LENGTHS["medium"]
+    profile = bench.profile
     for start in range(profile.starts):
         peak = _roofline(bench, start)
         loads = [
-            _bulk(bench, peak, "bulk", {"texts": kind, "order": order}, words, profile.texts[kind])
-            for kind, words in LENGTHS.items()
-            for order in profile.orders
+            _bulk(bench, peak, "bulk", {"texts": kind, "order": order}, _inputs(bench, kind, count))
+            for kind, count, order in profile.bulk
+            if bench.corpus or kind != DOCUMENTS
         ]
         loads += [_latency(bench, callers) for callers in profile.callers]
         _take_turns(bench, [_cold_start(bench), *loads], start)
-    if not profile.growth:
-        return
-    peak = _roofline(bench, profile.starts)
-    grow = partial(_bulk, bench, peak, "growth")
-    loads = [grow({"by": "words", "value": words}, (words, words), max(BATCH, 2048 // words)) for words in WORDS]
-    loads += [grow({"by": "batch", "value": batch}, medium, 64, batch) for batch in (1, 8, 32, 64)]
-    loads += [grow({"by": "texts", "value": count}, LENGTHS["short"], count) for count in (32, 256, 1024)]
-    _take_turns(bench, loads)
-    for threads in range(1, bench.jobs[0].threads + 1):
+    if profile.growth:
+        _growth(dataclasses.replace(bench, profile=dataclasses.replace(profile, rounds=1)))
+
+
+def _growth(bench: Bench) -> None:
+    """Throughput by length, batch, number of texts and threads, a single round of each."""
+    peak = _roofline(bench, bench.profile.starts)
+    medium = _inputs(bench, "medium", BATCH)
+
+    def grow(by: str, value: int, inputs: list[Any], batch: int = BATCH, bench: Bench = bench) -> Load:
+        return _bulk(bench, peak, "growth", {"by": by, "value": value}, inputs, batch)
+
+    threads = bench.jobs[0].threads
+    loads = [grow("words", words, _inputs(bench, (words, words), max(BATCH, 1024 // words))) for words in WORDS]
+    loads += [grow("batch", batch, medium, batch) for batch in (1, 8, 32)]
+    loads += [grow("texts", count, _inputs(bench, "short", count)) for count in (32, 128, 512)]
+    _take_turns(bench, [*loads, grow("threads", threads, medium)])
+    while threads := threads // 2:
         fewer = dataclasses.replace(bench, jobs=[dataclasses.replace(job, threads=threads) for job in bench.jobs])
-        settings = {"by": "threads", "value": threads}
-        _take_turns(fewer, [_bulk(fewer, peak, "growth", settings, medium, profile.texts["medium"])])
+        _take_turns(fewer, [grow("threads", threads, medium, bench=fewer)])
 
 
 def _bulk(
@@ -148,30 +162,29 @@ def _bulk(
     peak: dict[str, float],
     benchmark: str,
     settings: dict[str, Any],
-    words: tuple[int, int],
-    count: int,
+    inputs: list[Any],
     batch: int = BATCH,
 ) -> Load:
     """All inputs in one call; those of growth sorted by length, so that it shows no padding."""
-    inputs = _inputs(bench, words, count)
     tokens = _tokens(bench.subject, inputs)
-    if settings.get("order") != "as it comes":
+    if settings.get("order") != AS_IT_COMES:
         order = np.argsort(tokens, kind="stable")
         inputs, tokens = [inputs[i] for i in order], [tokens[i] for i in order]
-    work = _operations(bench.subject, tokens)
+    work, count = _operations(bench.subject, tokens), len(inputs)
 
     def measure(worker: Worker) -> Sample:
         seconds = worker.ask("bulk", inputs=inputs, batch=batch)["seconds"]
         sample = {"seconds": seconds, "texts/s": count / seconds, "tokens/s": sum(tokens) / seconds}
-        roof = peak["int8" if worker.job.variant == "int8" else "fp32"]
-        return sample | {"tokens": sum(tokens) / count} | ({"share": work / seconds / roof / 1e9} if work else {})
+        roof = peak.get(_precision(worker.job))
+        share = {"share": work / seconds / roof / 1e9} if work and roof else {}
+        return sample | {"tokens": sum(tokens) / count} | share
 
-    return Load(benchmark, settings | {"batch": batch, "count": count, "threads": bench.jobs[0].threads}, measure)
+    return Load(benchmark, settings | {"batch": batch, "count": count} | bench.jobs[0].place, measure)
 
 
 def _latency(bench: Bench, callers: int) -> Load:
     """Short texts one by one, from several callers at once."""
-    inputs = _inputs(bench, LENGTHS["short"], bench.profile.queries)
+    inputs = _inputs(bench, "short", bench.profile.queries)
 
     def measure(worker: Worker) -> Sample:
         answer = worker.ask("latency", inputs=inputs, callers=callers)
@@ -184,19 +197,19 @@ def _latency(bench: Bench, callers: int) -> Load:
             "queries/s": len(inputs) / answer["seconds"],
         }
 
-    return Load("latency", {"callers": callers, "threads": bench.jobs[0].threads}, measure)
+    return Load("latency", {"callers": callers} | bench.jobs[0].place, measure)
 
 
 def _cold_start(bench: Bench) -> Load:
     """From nothing to the first vector, and the most memory that medium texts take; in a new process once."""
-    inputs = _inputs(bench, LENGTHS["medium"], bench.profile.texts["medium"])
+    inputs = _inputs(bench, "medium", BATCH)
 
     def measure(worker: Worker) -> Sample:
         worker.ask("bulk", inputs=inputs, batch=BATCH)
         cost = {"peak MB": worker.ask("memory")["peak_mb"], "disk MB": size_mb(worker.job)}
         return {"seconds": worker.cold_s, "load s": worker.load_s, **cost}
 
-    return Load("cold", {"threads": bench.jobs[0].threads}, measure, once=True)
+    return Load("cold", bench.jobs[0].place, measure, once=True)
 
 
 def _take_turns(bench: Bench, loads: Sequence[Load], start: int = 0) -> None:
@@ -237,19 +250,24 @@ def _rounds(bench: Bench, load: Load, workers: dict[Job, Worker]) -> None:
     for job, held in timed.items():
         figures = {name: Figure.of([sample[name] for sample in held]) for name in held[0]}
         if baseline:
-            ratios = [base["seconds"] / sample["seconds"] for base, sample in zip(baseline, held, strict=True)]
-            figures["ratio"] = Figure.of(ratios)
+            figures["ratio"] = _ratio(baseline, held)
+        if job.engine == "ours":
+            figures |= {f"to {name_of(other)}": _ratio(theirs, held) for other, theirs in timed.items() if other != job}
         bench.found(bench.journal.add(_result(bench, job, load).filled(figures, workers[job].versions)))
 
 
+def _ratio(theirs: Sequence[Sample], ours: Sequence[Sample]) -> Figure:
+    """How many times as fast, round by round."""
+    return Figure.of([a["seconds"] / b["seconds"] for a, b in zip(theirs, ours, strict=True)])
+
+
 def _roofline(bench: Bench, start: int) -> dict[str, float]:
-    """The machine's peaks in 10⁹ operations a second, by ``fp32`` and ``int8``; anew at each start, as it is noisy."""
-    threads = bench.jobs[0].threads
-    settings = {"threads": threads}
-    result = Result(benchmark="roofline", engine="machine", variant="", model="", settings=settings, figures={})
+    """The machine's peaks in 10⁹ operations a second, by precision; anew at each start, as it is noisy."""
+    job = bench.jobs[0]
+    result = Result(benchmark="roofline", engine="machine", variant="", model="", settings=job.place, figures={})
     held = [measured for measured in bench.journal.results if measured.key == result.key]
     if len(held) <= start:
-        figures = {name: Figure.of(rate) for name, rate in peaks(threads).items()}
+        figures = {name: Figure.of(rate) for name, rate in peaks(job.threads, job.device).items()}
         held.append(bench.journal.add(result.filled(figures, versions(("onnxruntime", "numpy")))))
         bench.found(held[-1])
     return {name: figure.median for name, figure in held[min(start, len(held) - 1)].figures.items()}
@@ -266,12 +284,28 @@ def _result(bench: Bench, job: Job, load: Load) -> Result:
     )
 
 
-def _inputs(bench: Bench, words: tuple[int, int], count: int) -> list[Any]:
-    """Texts, or for a reranker pairs of a short query and such a text."""
-    texts = sample_texts(count, words, bench.corpus)
-    if bench.subject.manifest.kind == "embedder":
-        return texts
-    return list(zip(sample_texts(count, LENGTHS["short"], bench.corpus, seed=1), texts, strict=True))
+def _inputs(bench: Bench, kind: str | tuple[int, int], count: int) -> list[Any]:
+    """Texts of a kind or of so many words; for a reranker pairs of a short query and such a text, a batch a query."""
+    if kind == DOCUMENTS:
+        texts = _documents(bench, count)
+    else:
+        texts = sample_texts(count, LENGTHS[kind] if isinstance(kind, str) else kind, bench.corpus)
+    inputs: list[Any] = texts
+    if bench.subject.manifest.kind == "reranker":
+        queries = sample_texts(-(-len(texts) // BATCH), LENGTHS["short"], bench.corpus, seed=1)
+        inputs = [(queries[i // BATCH], text) for i, text in enumerate(texts)]
+    if count > BATCH and _operations(bench.subject, _tokens(bench.subject, inputs)) > bench.profile.operations:
+        return _inputs(bench, kind, max(BATCH, count // 2))
+    return inputs
+
+
+def _documents(bench: Bench, count: int) -> list[str]:
+    """Batches that sorting the whole corpus by length would make, spread evenly over all lengths."""
+    lengths = Tokenizer(bench.subject.artifact / TOKENIZER, bench.subject.manifest.max_length).count(bench.corpus or ())
+    order = np.argsort(lengths, kind="stable")
+    batches = np.array_split(order, max(1, count // BATCH))
+    middles = [batch[max(0, len(batch) // 2 - BATCH // 2) :][:BATCH] for batch in batches]
+    return [(bench.corpus or ())[i] for i in np.concatenate(middles)]
 
 
 def _tokens(subject: Subject, inputs: Sequence[Any]) -> list[int]:
@@ -280,6 +314,11 @@ def _tokens(subject: Subject, inputs: Sequence[Any]) -> list[int]:
     if subject.manifest.kind == "embedder":
         return [min(count, subject.manifest.max_length) for count in tokenizer.count(inputs)]
     return [len(ids) for ids, _ in tokenizer.encode_pairs(inputs, True)]
+
+
+def _precision(job: Job) -> str:
+    """What the matrix products of a variant are in."""
+    return "int8" if job.variant.startswith("int8") else "fp16" if job.variant.endswith("16") else "fp32"
 
 
 def _operations(subject: Subject, tokens: Sequence[int]) -> float:

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
+from benchmarks import engines as modules
 from benchmarks.client import HOME
 from benchmarks.engines import ENGINES
 from benchmarks.errors import EngineError
@@ -59,21 +60,24 @@ def plan_jobs(
         subject: The model.
         engines: Comma-separated names, each one of an engine or ``engine:variant``; by default all.
         threads: CPU threads of each.
-        device: Where those that can choose run.
+        device: Where they run; engines that can't run there are left out.
 
     Raises:
         EngineError: There is no such engine or variant.
     """
-    jobs = [_job(subject, engine, variant, threads, device) for engine, variant in _chosen(subject, engines)]
+    jobs = [_job(subject, engine, variant, threads, device) for engine, variant in _chosen(subject, engines, device)]
     return sorted(jobs, key=lambda job: (job.engine, job.variant) != BASELINE)
 
 
-def _chosen(subject: Subject, engines: str | None) -> list[tuple[str, str]]:
+def _variants(engine: str, kind: str, device: str) -> tuple[str, ...]:
+    module = import_module(f"benchmarks.engines.{engine}")
+    variants: tuple[str, ...] = module.VARIANTS.get(kind, ()) if device == "cpu" else getattr(module, "CUDA", ())
+    return variants
+
+
+def _chosen(subject: Subject, engines: str | None, device: str) -> list[tuple[str, str]]:
     kind = subject.manifest.kind
-    offered = {
-        engine: import_module(f"benchmarks.engines.{engine}").VARIANTS.get(kind, ())
-        for engine in (ENGINES if subject.checkpoint else ENGINES[:1])
-    }
+    offered = {engine: _variants(engine, kind, device) for engine in (ENGINES if subject.checkpoint else ENGINES[:1])}
     offered["ours"] = tuple(subject.manifest.variants)
     if engines is None:
         return [(engine, variant) for engine, variants in offered.items() for variant in variants]
@@ -92,10 +96,11 @@ def _job(subject: Subject, engine: str, variant: str, threads: int, device: Lite
     manifest = subject.manifest
     source, stock = subject.artifact, ""
     if engine != "ours" and subject.checkpoint:
-        folder = HOME / "models" / f"{manifest.name}-{_fingerprint(subject.checkpoint)}"
-        prepared = variant in import_module(f"benchmarks.engines.{engine}").PREPARED
-        source = folder / f"{engine}-{variant}" if prepared else subject.checkpoint
-        stock = str(folder / "optimum-fp32")
+        models = HOME / "models"
+        conversion = import_module(f"benchmarks.engines.{engine}").PREPARED.get(variant)
+        made_of = f"{manifest.name}-{_fingerprint(subject.checkpoint, engine)}"
+        source = models / made_of / f"{engine}-{conversion}" if conversion else subject.checkpoint
+        stock = str(models / f"{manifest.name}-{_fingerprint(subject.checkpoint, 'optimum')}" / "optimum-fp32")
     return Job(
         engine=engine,
         variant=variant,
@@ -111,10 +116,13 @@ def _job(subject: Subject, engine: str, variant: str, threads: int, device: Lite
     )
 
 
-def _fingerprint(checkpoint: Path) -> str:
-    """Another one whenever a file of the checkpoint changes, so that no stale conversion is measured."""
+def _fingerprint(checkpoint: Path, engine: str) -> str:
+    """Another one whenever a file of the checkpoint or the code that converts it changes: no stale one is measured."""
     stats = [(path.name, path.stat()) for path in sorted(checkpoint.iterdir()) if path.is_file()]
-    return hashlib.sha256(repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode()).hexdigest()[:12]
+    made_of = hashlib.sha256(repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode())
+    for module in ("optimum", engine):  # every conversion starts from optimum's export
+        made_of.update((Path(modules.__file__).parent / f"{module}.py").read_bytes())
+    return made_of.hexdigest()[:12]
 
 
 def size_mb(job: Job) -> float:

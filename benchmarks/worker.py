@@ -46,6 +46,11 @@ class Job:
     threads: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """The settings of a result that tell where it was measured, beside the machine."""
+        return {"threads": self.threads} | ({} if self.device == "cpu" else {"device": self.device})
+
 
 def serve(job: Job) -> None:
     """Load an engine, and answer requests until the input ends.

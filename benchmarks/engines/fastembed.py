@@ -9,7 +9,7 @@ from benchmarks.worker import Job, Run
 
 PACKAGES = ("fastembed", "onnxruntime", "tokenizers")
 VARIANTS = {"embedder": ("fp32",), "reranker": ("fp32",)}
-PREPARED = ("fp32",)
+PREPARED = {"fp32": "fp32"}
 
 
 def embedder(job: Job) -> Run:

@@ -11,7 +11,8 @@ from benchmarks.worker import Job, Run
 
 PACKAGES = ("FlagEmbedding", "transformers", "torch")
 VARIANTS = {"embedder": ("fp32", "no-probe"), "reranker": ("fp32", "no-probe")}
-PREPARED = ()
+CUDA = ("fp32", "no-probe")
+PREPARED: dict[str, str] = {}
 
 
 def embedder(job: Job) -> Run:

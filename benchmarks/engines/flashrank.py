@@ -11,7 +11,7 @@ from benchmarks.worker import Job, Run
 
 PACKAGES = ("FlashRank", "onnxruntime", "tokenizers")
 VARIANTS = {"reranker": ("int8",)}
-PREPARED = ("int8",)
+PREPARED = {"int8": "int8"}
 NAME, FILE = "ms-marco-MiniLM-L-12-v2", "flashrank-MiniLM-L-12-v2_Q.onnx"
 
 

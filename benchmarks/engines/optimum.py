@@ -1,4 +1,4 @@
-"""optimum's export, as it is and after ONNX Runtime's stock ``quantize_dynamic``, run by a plain pipeline."""
+"""optimum's export, as it is, optimised (O3), and after ONNX Runtime's ``quantize_dynamic``, in a plain pipeline."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ from benchmarks.worker import Job, Run
 PACKAGES = ("optimum-onnx", "optimum", "transformers", "onnxruntime", "tokenizers")
 SCHEDULED = "int8-scheduled"
 """The stock int8 graph under our scheduling: what is then still between it and ours is the graph."""
-VARIANTS = {"embedder": ("fp32", "int8", SCHEDULED), "reranker": ("fp32", "int8")}
-PREPARED = ("fp32", "int8", SCHEDULED)
+OPTIMISED = "fp32-o3"
+VARIANTS = {"embedder": ("fp32", OPTIMISED, "int8", SCHEDULED), "reranker": ("fp32", "int8")}
+PREPARED = {"fp32": "fp32", OPTIMISED: OPTIMISED, "int8": "int8", SCHEDULED: "int8"}
 
 
 def embedder(job: Job) -> Run:
@@ -26,11 +27,17 @@ def reranker(job: Job) -> Run:
 
 
 def prepare(job: Job) -> None:
-    """Export; and quantise what was exported. Every engine that loads a stock ONNX file starts from the fp32 one."""
-    if job.variant != "fp32":
+    """Export; optimise or quantise what was exported. Every engine that loads a stock ONNX file starts from fp32."""
+    if job.variant == "int8":
         from onnxruntime.quantization import quantize_dynamic
 
-        quantize_dynamic(Path(job.stock) / "model.onnx", Path(job.source) / "model.onnx")
+        quantize_dynamic(Path(job.stock) / "model.onnx", Path(job.source) / "model.onnx", per_channel=True)
+        return
+    if job.variant == OPTIMISED:
+        from optimum.onnxruntime import AutoOptimizationConfig, ORTOptimizer
+
+        optimizer = ORTOptimizer.from_pretrained(job.stock, ["model.onnx"])
+        optimizer.optimize(AutoOptimizationConfig.O3(), job.source, file_suffix="")
         return
     from optimum.onnxruntime import ORTModelForFeatureExtraction, ORTModelForSequenceClassification
     from transformers import AutoTokenizer

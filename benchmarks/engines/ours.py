@@ -4,7 +4,7 @@ from benchmarks.worker import Job, Run
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tokenizers", "numpy")
 VARIANTS = {"embedder": ("fp32", "int8"), "reranker": ("fp32", "int8")}
-PREPARED = ()
+PREPARED: dict[str, str] = {}
 
 
 def embedder(job: Job) -> Run:

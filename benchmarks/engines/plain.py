@@ -54,6 +54,26 @@ def scheduled(job: Job, wide: Infer, narrow: Infer) -> Run:
     return run
 
 
+def streamed(job: Job, infer: Infer, streams: int) -> Run:
+    """Around such a graph that serves several callers at once: batches sorted by length, side by side."""
+    encode, pool = tokenize(job), ThreadPoolExecutor(streams)
+
+    def run(texts: Sequence[str], batch: int) -> NDArray[np.float32]:
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        size, vectors = min(batch, -(-len(texts) // streams)), [np.empty(0, np.float32)] * len(texts)
+
+        def work(start: int) -> None:
+            places = order[start : start + size]
+            feeds = encode([texts[i] for i in places])
+            for i, vector in zip(places, _pooled(job, feeds, infer(feeds)), strict=True):
+                vectors[i] = vector
+
+        list(pool.map(work, range(0, len(texts), size)))
+        return np.array(vectors)
+
+    return run
+
+
 def _pooled(job: Job, feeds: dict[str, NDArray[np.int64]], hidden: NDArray[np.float32]) -> NDArray[np.float32]:
     mask = feeds["attention_mask"][:, :, None].astype(np.float32)
     vectors: NDArray[np.float32] = (hidden * mask).sum(1) / mask.sum(1) if job.pooling == "mean" else hidden[:, 0]

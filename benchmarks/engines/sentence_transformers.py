@@ -1,5 +1,6 @@
-"""sentence-transformers: torch in fp32 or bf16, and its ONNX backend."""
+"""sentence-transformers: torch in fp32, in bf16 where the CPU has it, in fp16 on CUDA; and its ONNX backend."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,8 @@ from benchmarks.worker import Job, Run
 
 PACKAGES = ("sentence-transformers", "transformers", "torch", "onnxruntime", "optimum-onnx")
 VARIANTS = {"embedder": ("fp32", "bf16", "onnx"), "reranker": ("fp32", "bf16", "onnx")}
-PREPARED = ("onnx",)
+CUDA = ("fp32", "bf16", "fp16")
+PREPARED = {"onnx": "onnx"}
 
 
 def embedder(job: Job) -> Run:
@@ -52,5 +54,8 @@ def _options(job: Job) -> dict[str, Any]:
             session.intra_op_num_threads = job.threads
             return {"device": "cpu", "backend": "onnx", "model_kwargs": {"session_options": session}}
         case dtype:
+            cpu = Path("/proc/cpuinfo")  # without bf16, torch emulates it several times slower than fp32
+            if (job.device, dtype) == ("cpu", "bf16") and cpu.exists() and "bf16" not in cpu.read_text():
+                raise RuntimeError("this CPU has no bf16")
             dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
             return {"device": job.device, "model_kwargs": {"dtype": dtypes[dtype]}}
