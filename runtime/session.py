@@ -5,7 +5,7 @@ import importlib.metadata
 import logging
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -30,6 +30,8 @@ Session: TypeAlias = onnxruntime.InferenceSession
 Device = Literal["auto", "cpu", "cuda"]
 SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 """All that are open in this process."""
+CGROUP = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -44,14 +46,37 @@ if hasattr(os, "register_at_fork"):
 
 
 def usable_cpus() -> int:
-    """CPUs this process may use: its affinity, capped by the cgroup's quota (not the machine's count)."""
+    """CPUs this process may use: its affinity, capped by its cgroups' quotas (not the machine's count)."""
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:  # cgroup v2, as a container sees its own group
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cpus
-    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
+    return max(1, min([cpus, *_quotas()]))
+
+
+def _quotas() -> Iterator[int]:
+    """Whole CPUs that the process's cgroup may use, and those that each one around it may, where there is a quota.
+
+    A container may see the names of its host's cgroups but only its own folder, at the top.
+    """
+    try:
+        lines = os.fsdecode(CGROUP.read_bytes()).splitlines()
+    except OSError:
+        lines = ["0::/"]
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if not controllers:  # version 2
+            top, files = CGROUPS, ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            top, files = CGROUPS / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        own = Path(name.strip("/"))
+        for group in (own, *own.parents):
+            try:
+                quota, period = " ".join((top / group / file).read_text() for file in files).split()
+                if int(quota) > 0:
+                    yield int(quota) // int(period)
+            except (OSError, ValueError, ZeroDivisionError):  # no such group, or "max"
+                continue
 
 
 def choose_device(device: str) -> Literal["cpu", "cuda"]:
