@@ -4,6 +4,7 @@ import functools
 import itertools
 import logging
 import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,19 @@ PREFERENCE = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32")}
 """What ``variant="auto"`` takes, first to last. Every variant has proven its parity at export."""
 
 MAX_THREADS = 1024
+
+_reopening = threading.RLock()
+"""Held in a forked process while a session is opened, so that its threads don't open one each."""
+
+
+def _renew_lock() -> None:
+    """Whoever held the lock in the parent isn't here to let it go."""
+    global _reopening
+    _reopening = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 Given = TypeVar("Given")
 Done = TypeVar("Done")
@@ -119,6 +133,7 @@ class Model:
     def close(self) -> None:
         """Free the memory; calls that are running end well, later ones raise ``InputError``."""
         self._opened = None
+        self.__dict__.pop("_together", None)  # the queue's thread ends with the calls that wait
 
     def __enter__(self) -> Self:
         """Itself."""
@@ -150,8 +165,13 @@ class Model:
         if opened is None:
             raise InputError(f"the {self.KIND} {self.manifest.name} is closed; open it again")
         if opened.process != os.getpid():
-            logger.info("%s: opened again in a forked process", self._folder)
-            self._opened = opened = _Opened(os.getpid(), self._open(self._threads, self._verify))
+            with _reopening:
+                if self._opened is opened:  # no other thread was faster
+                    logger.info("%s: opened again in a forked process", self._folder)
+                    here = _Opened(os.getpid(), self._open(self._threads, self._verify))
+                    if self._opened is opened:  # nor closed it
+                        self._opened = here
+            return self._opened_here()
         return opened
 
     def _bulk_session(self, opened: _Opened, tokens: int) -> Session | None:

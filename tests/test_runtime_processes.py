@@ -137,6 +137,100 @@ for thread in threads: thread.join()
     script(code, tiny_artifact)
 
 
+def test_a_forked_child_may_go_on_with_its_parents_loop(script, tiny_artifact):
+    code = """
+embedder, loop = Embedder(sys.argv[1], device="cpu", threads=2), asyncio.new_event_loop()
+expected = embedder.encode(TEXTS)
+def works():
+    return np.array_equal(loop.run_until_complete(embedder.aencode(TEXTS)), expected)
+assert works()
+child = fork()
+if not child:
+    os._exit(0 if works() else 3)  # a loop that is closed here takes the parent's file descriptors with it
+wait(child)
+assert works()
+loop.close()
+"""
+    script(code, tiny_artifact)
+
+
+SHOW = """
+import logging
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+"""
+
+
+def test_the_threads_of_a_forked_child_open_one_session(script, tiny_artifact):
+    code = f"""{SHOW}
+embedder = Embedder(sys.argv[1], device="cpu", threads=1)
+expected = embedder.encode("bread")
+child = fork()
+if not child:
+    together, same = threading.Barrier(8), []
+    def work():
+        together.wait()
+        same.append(np.array_equal(embedder.encode("bread"), expected))
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    sys.exit(0 if same == [True] * 8 else 3)
+wait(child)
+"""
+    assert script(code, tiny_artifact).count("opened again in a forked process") == 1
+
+
+def test_a_process_forked_while_a_forked_child_opens_its_session_opens_its_own(script, tiny_artifact):
+    code = """
+import logging
+logging.getLogger("runtime").setLevel(logging.INFO)
+embedder = Embedder(sys.argv[1], device="cpu", threads=1)
+expected = embedder.encode("bread")
+ended = []
+def fork_once_more():
+    grandchild = os.fork()
+    if not grandchild:
+        os._exit(0 if np.array_equal(embedder.encode("bread"), expected) else 3)
+    wait(grandchild)
+    ended.append(grandchild)
+class Fork(logging.Handler):  # in the midst of opening, by another thread
+    def emit(self, record):
+        if os.getpid() == middle:
+            thread = threading.Thread(target=fork_once_more)
+            thread.start()
+            thread.join()
+child = fork()
+if not child:
+    middle = os.getpid()
+    logging.getLogger("runtime").addHandler(Fork())
+    same = np.array_equal(embedder.encode("bread"), expected)
+    sys.exit(0 if same and ended else 3)
+wait(child)
+"""
+    script(code, tiny_artifact)
+
+
+def test_what_is_closed_while_a_forked_child_opens_it_stays_closed(script, tiny_artifact):
+    code = f"""{SHOW}
+from runtime import InputError
+embedder = Embedder(sys.argv[1], device="cpu", threads=1)
+class Close(logging.Handler):
+    def emit(self, record):
+        embedder.close()
+child = fork()
+if not child:
+    logging.getLogger("runtime").addHandler(Close())
+    for _ in range(2):
+        try:
+            embedder.encode("bread")
+        except InputError as error:
+            print(error)
+    sys.exit()
+wait(child)
+embedder.encode("bread")
+"""
+    assert script(code, tiny_artifact).count("is closed; open it again") == 2
+
+
 def test_a_grandchild_encodes_too(script, tiny_artifact):
     code = """
 embedder = Embedder(sys.argv[1], device="cpu", threads=2)
