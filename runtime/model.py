@@ -103,7 +103,8 @@ class Model:
             path: The folder that ``python -m export`` wrote.
             variant: ``fp32``, ``int8``, … or ``auto``: the fastest that the artifact has for the device.
             device: ``cpu``, ``cuda`` or ``auto``.
-            threads: CPU threads for a run; by default all that the process may use.
+            threads: CPU threads for a run; by default all that the process may use. With 1, for many processes,
+                texts are tokenised on one too.
             verify: Check the SHA-256 of every file that is loaded. False is for a service that starts often, from a
                 folder that ``verify_artifact`` has checked since it was last written to.
             limits: What a call may ask for.
@@ -127,7 +128,7 @@ class Model:
         self.variant = _choose_variant(self._folder, self.manifest, variant, self._device)
         self.max_length = self.manifest.max_length
         tokenizer = check_file(self._folder, self.manifest, TOKENIZER, digest=verify)
-        self._tokenizer = Tokenizer(tokenizer, self.max_length, hook)
+        self._tokenizer = Tokenizer(tokenizer, self.max_length, hook, parallel=self._threads > 1)
         self._opened: _Opened | None = _Opened(os.getpid(), self._open(self._threads, self._verify))
 
     def close(self) -> None:

@@ -111,6 +111,22 @@ wait(child)
     script(code, tiny_artifact)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
+def test_with_one_thread_texts_are_tokenised_on_it_too(script, tiny_artifact, tiny_reranker):
+    code = """
+def threads():
+    return len(os.listdir("/proc/self/task"))
+before = threads()
+embedder = Embedder(sys.argv[1], device="cpu", threads=1)
+reranker = Reranker(sys.argv[2], device="cpu", threads=1)
+embedder.encode(TEXTS), embedder.encode(TEXTS, chunk=True), reranker.compute_score(PAIRS)
+assert threads() == before
+Embedder(sys.argv[1], device="cpu", threads=2).encode(TEXTS)
+assert threads() > before
+"""
+    script(code, tiny_artifact, tiny_reranker("bert")[0])
+
+
 def test_a_process_that_only_imported_runtime_can_fork(script):
     script("child = fork()\nif not child: sys.exit()\nwait(child)")
 
