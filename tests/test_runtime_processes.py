@@ -323,6 +323,28 @@ embedder.encode("a")
     assert script(code, folder).startswith(f"{folder}/model.int8.onnx: No such file")
 
 
+def test_a_forked_child_whose_artifact_was_altered_says_so(script, tiny_artifact, copied):
+    code = """
+from pathlib import Path
+from runtime import ArtifactError
+embedder = Embedder(sys.argv[1], device="cpu")
+graph = Path(sys.argv[1], "model.int8.onnx")
+whole = graph.read_bytes()
+graph.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+child = fork()
+if not child:
+    try:
+        embedder.encode("a")
+    except ArtifactError as error:
+        print(error)
+    sys.exit()
+wait(child)
+embedder.encode("a")
+"""
+    folder = copied(tiny_artifact)
+    assert script(code, folder).startswith(f"{folder}/model.int8.onnx: its SHA-256 is not the manifest's")
+
+
 def test_telemetry_is_off_unless_the_user_says_otherwise(script):
     code = "print(os.environ['ORT_DISABLE_TELEMETRY'])"
     assert script(code) == "1\n"

@@ -28,6 +28,22 @@ def test_usable_cpus_counts_the_affinity_not_the_machine():
     assert done.stdout.split() == ["1"]
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+def test_a_model_takes_the_usable_cpus_unless_told_otherwise(tiny_artifact):
+    code = """
+import os, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from runtime import Embedder
+
+for threads in (None, 3):
+    session = Embedder(sys.argv[1], device="cpu", threads=threads)._opened.session
+    print(session.get_session_options().intra_op_num_threads)
+"""
+    command = [sys.executable, "-c", code, tiny_artifact]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["1", "3"]
+
+
 @pytest.fixture
 def cgroups(tmp_path, monkeypatch):
     """A function that tells a process with 8 CPUs its cgroups and their files, and gives how many it may use."""
