@@ -124,6 +124,12 @@ def test_a_manifest_is_a_megabyte_at_most(tiny_artifact, copied, size):
         assert "more than 1,000,000 bytes are no manifest" in refusal(folder)
 
 
+def test_a_manifest_that_no_memory_holds_is_refused(tiny_artifact, copied):
+    folder = copied(tiny_artifact)
+    os.truncate(folder / "manifest.json", 1 << 40)
+    assert "more than 1,000,000 bytes are no manifest" in refusal(folder)
+
+
 def test_an_endless_manifest_is_refused(tiny_artifact, copied):
     folder = copied(tiny_artifact)
     (folder / "manifest.json").unlink()
