@@ -1,6 +1,7 @@
 """Text to token ids with Hugging Face's ``tokenizers``, special tokens and truncation included."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,18 @@ logger = logging.getLogger(__name__)
 
 CHARACTERS = 250_000
 """Tokenised at once, or one longer text: each takes some hundred bytes until its text is cut."""
+
+_forked = False
+
+
+def _note_fork() -> None:
+    """A forked child has none of the threads that tokenizers started in its parent, and would wait for them."""
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 class Tokenizer:
@@ -146,7 +159,7 @@ class Tokenizer:
         done = 0
         for some in _pieces(texts):
             try:
-                if self._parallel:
+                if self._parallel and not _forked:
                     encodings = self._tokenizer.encode_batch_fast(some, add_special_tokens=False)
                 else:
                     encodings = [self._tokenizer.encode(text, add_special_tokens=False) for text in some]
