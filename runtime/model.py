@@ -4,7 +4,6 @@ import functools
 import itertools
 import logging
 import os
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ from runtime.checks import NO_LIMITS, Limits, check_count
 from runtime.errors import ArtifactError, InputError
 from runtime.manifest import TOKENIZER, Kind, Manifest, check_file, load_manifest
 from runtime.metrics import Hook, ignore
-from runtime.session import PROVIDERS, Session, choose_device, create_session, run_session, usable_cpus
+from runtime.session import OPENING, PROVIDERS, Session, choose_device, create_session, run_session, usable_cpus
 from runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -36,19 +35,6 @@ PREFERENCE = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32")}
 """What ``variant="auto"`` takes, first to last. Every variant has proven its parity at export."""
 
 MAX_THREADS = 1024
-
-_reopening = threading.RLock()
-"""Held in a forked process while a session is opened, so that its threads don't open one each."""
-
-
-def _renew_lock() -> None:
-    """Whoever held the lock in the parent isn't here to let it go."""
-    global _reopening
-    _reopening = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
 
 Given = TypeVar("Given")
 Done = TypeVar("Done")
@@ -166,8 +152,8 @@ class Model:
         if opened is None:
             raise InputError(f"the {self.KIND} {self.manifest.name} is closed; open it again")
         if opened.process != os.getpid():
-            with _reopening:
-                if self._opened is opened:  # no other thread was faster
+            with OPENING:  # or each of its threads would open one
+                if self._opened is opened:
                     logger.info("%s: opened again in a forked process", self._folder)
                     here = _Opened(os.getpid(), self._open(self._threads, self._verify))
                     if self._opened is opened:  # nor closed it

@@ -4,6 +4,7 @@ import ctypes
 import importlib.metadata
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ Session: TypeAlias = onnxruntime.InferenceSession
 Device = Literal["auto", "cpu", "cuda"]
 SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 """All that are open in this process."""
+OPENING = threading.RLock()
+"""Held while a session is made, and by a fork: a child would wait for ever for locks that onnxruntime has meanwhile."""
 CGROUP = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -37,12 +40,13 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 def _abandon() -> None:
     """Keep a forked child from ever freeing its parent's sessions, at exit either: it would wait for their threads."""
+    OPENING.release()
     for session in list(SESSIONS):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_abandon)
+    os.register_at_fork(before=OPENING.acquire, after_in_parent=OPENING.release, after_in_child=_abandon)
 
 
 def usable_cpus() -> int:
@@ -185,7 +189,8 @@ def create_session(path: Path, device: Literal["cpu", "cuda"], threads: int) -> 
         onnxruntime.preload_dlls()
     providers = [PROVIDERS[device]] if device == "cpu" else [PROVIDERS["cuda"], PROVIDERS["cpu"]]
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        with OPENING:
+            session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's errors share no public base
         cause = str(error).splitlines()[0]
         raise ArtifactError(
