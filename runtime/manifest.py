@@ -178,7 +178,7 @@ def _check(manifest: Manifest) -> None:
         if not name.isprintable():
             raise ArtifactError(f"the name {name!r} can't be printed")
     if ("logits" in manifest.outputs) != (manifest.kind == "reranker") or not manifest.outputs:
-        raise ArtifactError(f"a {manifest.kind} with the outputs {', '.join(manifest.outputs) or 'none'}")
+        raise ArtifactError(f"kind {manifest.kind} with the outputs {', '.join(manifest.outputs) or 'none'}")
     if "last_hidden_state" in manifest.outputs and manifest.pooling is None:
         raise ArtifactError("an embedder without pooling")
     if manifest.dim < 1 or manifest.max_length < 1 or not manifest.variants:

@@ -1,6 +1,7 @@
 """What a service can watch: one hook that gets every number, and an adapter for Prometheus."""
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,9 @@ METRICS = {
     "queue_seconds": "Time that an async call waited before its run",
 }
 
+_registering = threading.Lock()
+"""A registry takes each metric once, also from threads that open models at once."""
+
 
 def ignore(metric: str, value: float) -> None:
     """The hook by default."""
@@ -37,11 +41,13 @@ def prometheus_hook(model: str, registry: "CollectorRegistry | None" = None) -> 
         BgeOnnxError: prometheus-client isn't installed.
     """
     try:
-        metrics = _register(registry)
+        from prometheus_client import REGISTRY
     except ImportError as error:
         raise BgeOnnxError(
             f"prometheus_client can't be imported ({error}); run: pip install 'bge-onnx[prometheus]'"
         ) from None
+    with _registering:
+        metrics = _register(registry or REGISTRY)
 
     def hook(metric: str, value: float) -> None:
         metrics[metric](model, value)
@@ -49,9 +55,9 @@ def prometheus_hook(model: str, registry: "CollectorRegistry | None" = None) -> 
     return hook
 
 
-@functools.cache  # a registry takes each metric once, whichever models count in it
-def _register(registry: "CollectorRegistry | None") -> dict[str, Callable[[str, float], None]]:
-    from prometheus_client import REGISTRY, Counter, Histogram
+@functools.cache  # whichever models count in it
+def _register(registry: "CollectorRegistry") -> dict[str, Callable[[str, float], None]]:
+    from prometheus_client import Counter, Histogram
 
     def count(counter: "Counter", model: str, value: float) -> None:
         counter.labels(model).inc(value)
@@ -63,7 +69,7 @@ def _register(registry: "CollectorRegistry | None") -> dict[str, Callable[[str, 
     for name, text in METRICS.items():
         described = f"bge_onnx_{name}", text, ("model",)
         if name.endswith("_seconds"):
-            found[name] = functools.partial(observe, Histogram(*described, registry=registry or REGISTRY))
+            found[name] = functools.partial(observe, Histogram(*described, registry=registry))
         else:
-            found[name] = functools.partial(count, Counter(*described, registry=registry or REGISTRY))
+            found[name] = functools.partial(count, Counter(*described, registry=registry))
     return found

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -36,17 +37,17 @@ class MicroBatcher(Generic[Item]):
         options, and gives a row for each item.
         """
         self._run, self._hook = run, hook
-        self._queues: dict[asyncio.AbstractEventLoop, _Queue[Item]] = {}
+        self._queues: dict[tuple[int, asyncio.AbstractEventLoop], _Queue[Item]] = {}
 
     async def __call__(self, items: Sequence[Item], **options: Any) -> Floats:  # noqa: ANN401
         """A row for each item, in their order; raises what the function raised on these items."""
-        loop = asyncio.get_running_loop()
-        queue = self._queues.get(loop)
+        here = os.getpid(), asyncio.get_running_loop()  # a forked child has its parent's loop, but not the thread
+        queue = self._queues.get(here)
         if queue is None:  # loops of other threads may come and go meanwhile
             for other in list(self._queues):
-                if other.is_closed():
+                if other[1].is_closed():
                     self._queues.pop(other, None)
-            queue = self._queues.setdefault(loop, _Queue(self._run, self._hook))
+            queue = self._queues.setdefault(here, _Queue(self._run, self._hook))
         starts = range(0, len(items) or 1, TOGETHER)
         return np.concatenate([await queue.answer(items[i : i + TOGETHER], i, options) for i in starts])
 
@@ -74,6 +75,8 @@ class _Queue(Generic[Item]):
         since = time.perf_counter()
         async with self._room:
             call = _Call(items, first, options, asyncio.get_running_loop().create_future())
+            if len(self._calls) == QUEUED:  # with cancelled ones, or there would be no room
+                self._calls = deque(other for other in self._calls if not other.answer.cancelled())
             self._calls.append(call)
             if self._worker is None:  # it ends when there is nothing left, so that a closing loop finds no task of ours
                 self._worker = asyncio.create_task(self._work())
@@ -110,7 +113,9 @@ class _Queue(Generic[Item]):
         run = functools.partial(self._run, items, first=calls[0].first, **calls[0].options)
         try:
             rows = await loop.run_in_executor(self._thread, run)
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # a panic of tokenizers' Rust code is no Exception
             if len(calls) > 1:  # so that one caller's mistake is nobody else's
                 for call in calls:
                     await self._serve([call])

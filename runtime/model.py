@@ -23,6 +23,7 @@ from runtime.manifest import TOKENIZER, Kind, Manifest, Packing, check_file, loa
 from runtime.metrics import Hook, ignore
 from runtime.packing import POOLED, Run, by_length, pack, plan_packed
 from runtime.session import (
+    OPENING,
     Session,
     choose_devices,
     create_session,
@@ -108,7 +109,8 @@ class Model:
             variant: ``fp32``, ``int8``, … or ``auto``: the fastest that the artifact has for the device.
             device: ``cpu``, ``cuda``, ``cuda:1``, …; a list of GPUs, which share the work of a call; or ``auto``: the
                 first GPU where there is one, else the CPU.
-            threads: CPU threads for a run; by default all that the process may use.
+            threads: CPU threads for a run; by default all that the process may use. With 1, for many processes,
+                texts are tokenised on one too.
             verify: Check the SHA-256 of every file that is loaded. False is for a service that starts often, from a
                 folder that ``verify_artifact`` has checked since it was last written to.
             limits: What a call may ask for.
@@ -128,7 +130,7 @@ class Model:
         self._threads = usable_cpus() if threads is None else check_count("threads", threads, MAX_THREADS)
         self.max_length = self.manifest.max_length
         tokenizer = check_file(self._folder, self.manifest, TOKENIZER, digest=verify)
-        self._tokenizer = Tokenizer(tokenizer, self.max_length, hook)
+        self._tokenizer = Tokenizer(tokenizer, self.max_length, hook, parallel=self._threads > 1)
         self._devices = choose_devices(device)
         if device == "auto" and not _fitting(self.manifest, self._devices[0]):
             self._devices = ("cpu",)
@@ -159,6 +161,7 @@ class Model:
     def close(self) -> None:
         """Free the memory; calls that are running end well, later ones raise ``InputError``."""
         self._opened = None
+        self.__dict__.pop("_together", None)  # the queue's thread ends with the calls that wait
 
     def __enter__(self) -> Self:
         """Itself."""
@@ -194,8 +197,13 @@ class Model:
         if opened is None:
             raise InputError(f"the {self.KIND} {self.manifest.name} is closed; open it again")
         if opened.process != os.getpid():
-            logger.info("%s: opened again in a forked process", self._folder)
-            self._opened = opened = self._open_all(self._verify)
+            with OPENING:  # or each of its threads would open one
+                if self._opened is opened:
+                    logger.info("%s: opened again in a forked process", self._folder)
+                    here = self._open_all(self._verify)
+                    if self._opened is opened:  # nor closed it
+                        self._opened = here
+            return self._opened_here()
         return opened
 
     def _bulk_session(self, opened: _Opened, tokens: int) -> Session | None:

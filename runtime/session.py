@@ -9,8 +9,9 @@ import logging
 import os
 import re
 import sys
+import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,6 +35,10 @@ logger = logging.getLogger(__name__)
 Session: TypeAlias = onnxruntime.InferenceSession
 SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 """All that are open in this process."""
+OPENING = threading.RLock()
+"""Held while a session is made, and by a fork: a child would wait for ever for locks that onnxruntime has meanwhile."""
+CGROUP = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 CUDA_OPTIONS = {
     "enable_skip_layer_norm_strict_mode": "1",  # sums in float32; without it in fp16
@@ -44,23 +49,47 @@ CUDA_OPTIONS = {
 
 def _abandon() -> None:
     """Keep a forked child from ever freeing its parent's sessions, at exit either: it would wait for their threads."""
+    OPENING.release()
     for session in list(SESSIONS):
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_abandon)
+    os.register_at_fork(before=OPENING.acquire, after_in_parent=OPENING.release, after_in_child=_abandon)
 
 
 def usable_cpus() -> int:
-    """CPUs this process may use: its affinity, capped by the cgroup's quota (not the machine's count)."""
+    """CPUs this process may use: its affinity, capped by its cgroups' quotas (not the machine's count)."""
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
-    try:  # cgroup v2, as a container sees its own group
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cpus
-    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))
+    return max(1, min([cpus, *_quotas()]))
+
+
+def _quotas() -> Iterator[int]:
+    """Whole CPUs that the process's cgroup may use, and those that each one around it may, where there is a quota.
+
+    A container may see the names of its host's cgroups but only its own folder, at the top.
+    """
+    try:
+        lines = os.fsdecode(CGROUP.read_bytes()).splitlines()
+    except OSError:
+        lines = ["0::/"]
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if not controllers:  # version 2
+            top, files = CGROUPS, ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            top, files = CGROUPS / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        own = Path(name.strip("/"))
+        for group in (own, *own.parents):
+            try:
+                quota, period = " ".join((top / group / file).read_text() for file in files).split()
+                if int(quota) > 0:
+                    yield int(quota) // int(period)
+            except (OSError, ValueError, ZeroDivisionError):  # no such group, or "max"
+                continue
 
 
 def choose_devices(device: str | Sequence[str]) -> tuple[str, ...]:
@@ -78,7 +107,7 @@ def choose_devices(device: str | Sequence[str]) -> tuple[str, ...]:
         if not available and len(_installed()) == 2:
             say_once(f"running on the CPU: {_why_no_cuda()}")
         return ("cuda:0",) if available else ("cpu",)
-    named = [device] if isinstance(device, str) else list(device)
+    named = [device] if isinstance(device, str) or not isinstance(device, Sequence) else list(device)
     if named == ["cpu"]:
         return ("cpu",)
     if not named or not all(isinstance(name, str) and re.fullmatch(r"cuda(:\d{1,3})?", name) for name in named):
@@ -230,7 +259,8 @@ def create_session(path: Path, device: str, threads: int) -> Session:
             raise _cuda_fails(device, missing)
         providers.insert(0, (PROVIDERS["cuda"], CUDA_OPTIONS | {"device_id": number}))
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        with OPENING:
+            session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's errors share no public base
         cause = str(error).splitlines()[0][:300]
         if kind == "cuda" and re.search("cuda|cudnn|cublas|find kernel", cause, re.IGNORECASE):

@@ -1,7 +1,8 @@
 """Text to token ids with Hugging Face's ``tokenizers``, special tokens and truncation included."""
 
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,21 @@ from runtime.metrics import Hook, ignore
 
 logger = logging.getLogger(__name__)
 
+CHARACTERS = 250_000
+"""Tokenised at once, or one longer text: each takes some hundred bytes until its text is cut."""
+
+_forked = False
+
+
+def _note_fork() -> None:
+    """A forked child has none of the threads that tokenizers started in its parent, and would wait for them."""
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
 
 class Tokenizer:
     """A fast tokenizer that knows its special tokens as ids around a text, or around and between a pair.
@@ -20,8 +36,10 @@ class Tokenizer:
     ``transformers``' fast tokenizer with ``truncation=True`` on the right.
     """
 
-    def __init__(self, path: Path, max_length: int, hook: Hook = ignore) -> None:
+    def __init__(self, path: Path, max_length: int, hook: Hook = ignore, parallel: bool = True) -> None:
         """Load ``tokenizer.json``; the hook gets how many texts are ``truncated``.
+
+        With ``parallel``, several texts are tokenised at once, on all CPUs.
 
         Raises:
             ArtifactError: The file is not a tokenizer, or its special tokens alone exceed ``max_length``.
@@ -32,7 +50,7 @@ class Tokenizer:
             raise ArtifactError(f"{path}: not a tokenizer ({error}); export the model again") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._hook = hook
+        self._hook, self._parallel = hook, parallel
         self._single, self._pair = self._template("a"), self._template("a", "a")
         self.max_length = max_length
         self._room = max_length - len(self._single.wrap([]))
@@ -68,11 +86,13 @@ class Tokenizer:
         Raises:
             InputError: A text is too long and ``truncate`` is False, or isn't valid Unicode.
         """
-        bodies = self._bodies(texts, lambda i: f"text {first + i}")
-        special = self.max_length - self._room
-        long = {i: len(body) + special for i, body in enumerate(bodies, first) if len(body) > self._room}
+        encoded, long, special = [], {}, self.max_length - self._room
+        for i, body in enumerate(self._bodies(texts, lambda i: f"text {first + i}"), first):
+            if len(body) > self._room:
+                long[i] = len(body) + special
+            encoded.append(self._single.wrap(body[: self._room]))
         self._report("text", long, len(texts), truncate)
-        return [self._single.wrap(body[: self._room]) for body in bodies]
+        return encoded
 
     def encode_chunks(self, texts: Sequence[str], first: int = 0) -> list[list[list[int]]]:
         """Token ids of each text in pieces of at most ``max_length``, each with the special tokens around it."""
@@ -104,13 +124,15 @@ class Tokenizer:
         def first_pair(i: int) -> str:
             return f"pair {next(n for n, pair in enumerate(pairs, first) if texts[i] in pair)}"
 
-        bodies = dict(zip(texts, self._bodies(texts, first_pair), strict=True))
+        bodies, lengths = {}, {}
+        for text, body in zip(texts, self._bodies(texts, first_pair), strict=True):
+            bodies[text], lengths[text] = body[: self._pair_room], len(body)
         encoded, long, special = [], {}, self.max_length - self._pair_room
         for i, (query, passage) in enumerate(pairs, first):
             a = bodies[query][: min(self.max_length * 3 // 4, self._pair_room)]
             b = bodies[passage][: self._pair_room - len(a)]
-            if len(a) < len(bodies[query]) or len(b) < len(bodies[passage]):
-                long[i] = len(bodies[query]) + len(bodies[passage]) + special
+            if len(a) < lengths[query] or len(b) < lengths[passage]:
+                long[i] = lengths[query] + lengths[passage] + special
             encoded.append((self._pair.wrap(a, b), self._pair.wrap_types(len(a), len(b))))
         self._report("pair", long, len(pairs), truncate)
         return encoded
@@ -132,21 +154,42 @@ class Tokenizer:
             self._hook("truncated", len(long))
             logger.warning("%d of %d %ss had more than %d tokens and were cut", len(long), total, what, self.max_length)
 
-    def _bodies(self, texts: Sequence[str], name: Callable[[int], str] = "text {}".format) -> list[list[int]]:
+    def _bodies(self, texts: Sequence[str], name: Callable[[int], str] = "text {}".format) -> Iterator[list[int]]:
         """Token ids of each text without special tokens; ``name`` is what an error calls a text by its place."""
-        try:
-            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        except (TypeError, ValueError):
-            for i, text in enumerate(texts):
-                try:
-                    text.encode("utf-8")
-                except UnicodeEncodeError as error:
-                    raise InputError(
-                        f"{name(i)} has a lone surrogate at character {error.start}, which is not valid Unicode; "
-                        "clean it with text.encode('utf-8', 'replace').decode()"
-                    ) from None
-            raise
-        return [encoding.ids for encoding in encodings]
+        done = 0
+        for some in _pieces(texts):
+            try:
+                if self._parallel and not _forked:
+                    encodings = self._tokenizer.encode_batch_fast(some, add_special_tokens=False)
+                else:
+                    encodings = [self._tokenizer.encode(text, add_special_tokens=False) for text in some]
+            except (TypeError, ValueError):
+                for i, text in enumerate(some, done):
+                    try:
+                        text.encode("utf-8")
+                    except UnicodeEncodeError as error:
+                        raise InputError(
+                            f"{name(i)} has a lone surrogate at character {error.start}, which is not valid Unicode; "
+                            "clean it with text.encode('utf-8', 'replace').decode()"
+                        ) from None
+                raise
+            yield from (encoding.ids for encoding in encodings)
+            del encodings  # or they would be held beside the next
+            done += len(some)
+
+
+def _pieces(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts, in order, as many at once as may be tokenised together."""
+    piece: list[str] = []
+    held = 0
+    for text in texts:
+        if piece and held + len(text) > CHARACTERS:
+            yield piece
+            piece, held = [], 0
+        piece.append(text)
+        held += len(text)
+    if piece:
+        yield piece
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,3 +72,20 @@ def test_without_onnxruntime_the_import_says_what_to_install():
 def test_packages_have_no_side_effects_on_the_root_logger(package):
     code = f"import logging, {package}; assert not logging.root.handlers and logging.root.level == logging.WARNING"
     loaded_by(code)
+
+
+def takes_less(limit: float, code: str, *arguments) -> bool:
+    """Whether a script says of one of five tries that it took fewer seconds of CPU: other processes slow it down."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    runs = (subprocess.run(command, capture_output=True, text=True, check=True, timeout=120) for _ in range(5))
+    return any(float(done.stdout) < limit for done in runs)
+
+
+def test_importing_runtime_adds_at_most_150_ms_to_its_dependencies():
+    code = "import time, numpy, onnxruntime; s = time.process_time(); import runtime; print(time.process_time() - s)"
+    assert takes_less(0.15, code)
+
+
+def test_a_cold_process_has_its_first_vector_within_a_second(minilm):
+    code = "import sys, time, runtime; runtime.Embedder(sys.argv[1]).encode('a'); print(time.process_time())"
+    assert takes_less(1, code, minilm)

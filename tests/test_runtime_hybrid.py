@@ -264,6 +264,14 @@ def test_scores_in_three_ways_are_refused_of_a_dense_model(dense):
         dense.compute_score(PAIRS)
 
 
+def test_a_run_of_a_splade_has_a_quarter_of_the_tokens(tiny_splade):
+    """Each of which takes as many floats as there are words."""
+    runs = []
+    splade = Embedder(tiny_splade, device="cpu", hook=lambda metric, value: metric == "tokens" and runs.append(value))
+    splade.encode(["a " * 62] * 20, return_dense=False, return_sparse=True)
+    assert runs == [512, 512, 256]
+
+
 @pytest.mark.parametrize("method", ["encode", "encode_queries", "encode_corpus"])
 def test_dense_vectors_are_refused_of_a_splade(splade, method):
     with pytest.raises(InputError, match="^splade has no dense_vecs, only lexical_weights; "):

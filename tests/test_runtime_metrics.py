@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -178,9 +179,28 @@ def test_registries_do_not_mix():
     assert other.get_sample_value("bge_onnx_texts_total", {"model": "m"}) == 3
 
 
+def test_models_that_open_at_once_share_a_registry():
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(20):
+            registry, together = CollectorRegistry(), threading.Barrier(8)
+
+            def count(_, registry=registry, together=together):
+                together.wait()
+                prometheus_hook("m", registry)("texts", 1)
+
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(count, range(8)))
+            assert registry.get_sample_value("bge_onnx_texts_total", {"model": "m"}) == 8
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_the_registry_by_default_is_the_librarys_own():
     code = (
-        "import prometheus_client, runtime; runtime.prometheus_hook('m')('texts', 2); runtime.prometheus_hook('n')\n"
+        "import prometheus_client, runtime; runtime.prometheus_hook('m')('texts', 2)\n"
+        "runtime.prometheus_hook('n'), runtime.prometheus_hook('o', prometheus_client.REGISTRY)\n"
         "assert prometheus_client.REGISTRY.get_sample_value('bge_onnx_texts_total', {'model': 'm'}) == 2"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -27,6 +28,40 @@ def test_usable_cpus_counts_the_affinity_not_the_machine():
     assert done.stdout.split() == ["1"]
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux only")
+def test_a_model_takes_the_usable_cpus_unless_told_otherwise(tiny_artifact):
+    code = """
+import os, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from runtime import Embedder
+
+for threads in (None, 3):
+    session = Embedder(sys.argv[1], device="cpu", threads=threads)._opened.session
+    print(session.get_session_options().intra_op_num_threads)
+"""
+    command = [sys.executable, "-c", code, tiny_artifact]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["1", "3"]
+
+
+@pytest.fixture
+def cgroups(tmp_path, monkeypatch):
+    """A function that tells a process with 8 CPUs its cgroups and their files, and gives how many it may use."""
+
+    def cpus(own: str | None, files: dict[str, str]) -> int:
+        if own is not None:
+            (tmp_path / "own").write_text(own)
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(content + "\n")
+        return usable_cpus()
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(session, "CGROUP", tmp_path / "own")
+    monkeypatch.setattr(session, "CGROUPS", tmp_path)
+    return cpus
+
+
 @pytest.mark.parametrize(
     ("quota", "cpus"),
     [
@@ -35,17 +70,78 @@ def test_usable_cpus_counts_the_affinity_not_the_machine():
         ("270000 100000", 2),
         ("50000 100000", 1),
         ("1600000 100000", 8),
+        ("100000 0", 8),
         ("", 8),
-        (None, 8),
     ],
 )
-def test_usable_cpus_is_capped_by_the_cgroup(quota, cpus, tmp_path, monkeypatch):
-    cpu_max = tmp_path / "cpu.max"
-    if quota is not None:
-        cpu_max.write_text(quota + "\n")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(session, "Path", lambda path: cpu_max)
-    assert usable_cpus() == cpus
+@pytest.mark.parametrize("own", ["0::/\n", None], ids=["", "unknown"])
+def test_usable_cpus_is_capped_by_the_cgroup(cgroups, own, quota, cpus):
+    assert cgroups(own, {"cpu.max": quota}) == cpus
+
+
+def test_without_cgroups_the_affinity_counts(cgroups):
+    assert cgroups("", {}) == cgroups(None, {}) == cgroups("0::/a\n", {}) == 8
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({"a/b.service/cpu.max": "300000 100000"}, 3),
+        ({"a/b.service/cpu.max": "max 100000", "a/cpu.max": "200000 100000"}, 2),
+        ({"a/b.service/cpu.max": "600000 100000", "a/cpu.max": "500000 100000", "cpu.max": "400000 100000"}, 4),
+        ({"a/other/cpu.max": "100000 100000"}, 8),
+    ],
+    ids=["own", "around", "least", "another's"],
+)
+def test_the_quotas_of_a_nested_cgroup_and_of_those_around_it_count(cgroups, files, cpus):
+    assert cgroups("0::/a/b.service\n", files) == cpus
+
+
+@pytest.mark.parametrize(
+    ("folder", "quota", "period", "cpus"),
+    [
+        ("cpu/docker/f00", "350000", "100000", 3),
+        ("cpu/docker", "-1", "100000", 8),
+        ("cpu", "100000", "50000", 2),  # as a container sees its own
+        ("cpuset", "100000", "100000", 8),
+    ],
+)
+def test_a_quota_of_cgroup_version_1_counts(cgroups, folder, quota, period, cpus):
+    own = "5:cpuset:/docker/f00\n4:cpu,cpuacct:/docker/f00\n1:name=systemd:/a:b\n0::/\n"
+    assert cgroups(own, {f"{folder}/cpu.cfs_quota_us": quota, f"{folder}/cpu.cfs_period_us": period}) == cpus
+
+
+@pytest.fixture
+def cgroup():
+    """A real cgroup whose quota is one CPU, or skips where none may be made."""
+    v1 = Path("/sys/fs/cgroup/cpu")
+    folder = (v1 if v1.is_dir() else v1.parent) / f"bge-onnx-{os.getpid()}"
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip("needs a cgroup of its own")
+    try:
+        if v1.is_dir():
+            (folder / "cpu.cfs_quota_us").write_text("100000")
+        else:
+            (folder / "cpu.max").write_text("100000 100000")
+        yield folder
+    except OSError:
+        pytest.skip("needs a quota of its own")
+    finally:
+        folder.rmdir()
+
+
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [0])(0)) == 1, reason="needs two CPUs")
+def test_usable_cpus_in_a_real_cgroup(cgroup):
+    code = "from runtime.session import usable_cpus; print(usable_cpus())"
+
+    def enter():
+        (cgroup / "cgroup.procs").write_text(str(os.getpid()))
+
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, preexec_fn=enter)
+    assert done.stdout.split() == ["1"]
 
 
 def test_a_session_has_the_threads_and_the_provider_that_were_asked_for(tiny_artifact):
@@ -126,7 +222,29 @@ def test_without_a_gpu_cuda_is_an_error_and_auto_takes_the_cpu_and_says_so_once(
     ][:1]
 
 
-@pytest.mark.parametrize("device", ["tpu", "", "CPU", "cuda:x", "cuda:-1", [], ["cpu", "cuda"], [0], ["auto"]])
+@pytest.mark.parametrize("device", ["tpu", "", "CPU", None, "cuda:x", "cuda:-1", [], ["cpu", "cuda"], [0], ["auto"]])
 def test_an_unknown_device_is_an_error_that_lists_the_known(device):
     with pytest.raises(ProviderError, match=r"unknown; it is 'auto', 'cpu', 'cuda', 'cuda:1', … or a list of GPUs"):
         choose_devices(device)
+
+
+def test_a_trickle_of_queries_costs_little_more_than_its_work(tiny_artifact):
+    """Threads that spin on after a run, as by default, take some 20 ms for each query; the best of three counts."""
+    code = """
+import sys, time
+from runtime import Embedder
+
+embedder = Embedder(sys.argv[1], device="cpu", threads=2)
+embedder.encode("a river")
+least = 1.0
+for _ in range(3):
+    start = time.process_time()
+    for _ in range(10):
+        time.sleep(0.05)
+        embedder.encode("a river")
+    least = min(least, (time.process_time() - start) / 10)
+print(least)
+"""
+    command = [sys.executable, "-c", code, tiny_artifact]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert float(done.stdout) < 0.008

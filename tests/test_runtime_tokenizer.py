@@ -183,3 +183,24 @@ def test_a_file_that_is_no_tokenizer_is_an_artifact_error(tmp_path, content):
 def test_a_length_that_holds_only_special_tokens_is_an_artifact_error(tiny_artifact, max_length):
     with pytest.raises(ArtifactError, match=f"max_length {max_length} leaves no room"):
         Tokenizer(tiny_artifact / "tokenizer.json", max_length)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_few_texts_at_once_or_one_give_the_ids_and_errors_of_all_at_once(tiny_artifact, monkeypatch, parallel):
+    texts = ["", "a river", "a " * 99, "", "naïve 山", "##ing [SEP]", "\0", "bread " * 5]
+    pairs = [(query, passage) for query in texts for passage in texts]
+    ways = [
+        lambda tokenizer: tokenizer.encode(texts),
+        lambda tokenizer: tokenizer.encode_chunks(texts),
+        lambda tokenizer: tokenizer.encode_pairs(pairs),
+        lambda tokenizer: tokenizer.count(texts),
+    ]
+    path = tiny_artifact / "tokenizer.json"
+    expected = [way(Tokenizer(path, 8)) for way in ways]
+    monkeypatch.setattr("runtime.tokenizer.CHARACTERS", 20)
+    tokenizer = Tokenizer(path, 8, parallel=parallel)
+    assert [way(tokenizer) for way in ways] == expected
+    with pytest.raises(InputError, match="^text 10 has a lone surrogate at character 2"):
+        tokenizer.encode([*texts, "ab\ud800", "\ud800"], first=2)
+    with pytest.raises(InputError, match="^pair 8 has a lone surrogate at character 2"):
+        tokenizer.encode_pairs([("a", text) for text in (*texts, "ab\ud800", "\ud800")])
