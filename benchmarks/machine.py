@@ -1,11 +1,12 @@
 """The machine as every result records it, and the most it can compute: its roofline."""
 
+import contextlib
 import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,27 @@ def commit(root: Path) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+@contextlib.contextmanager
+def gpu_use(device: str) -> Iterator[list[float]]:
+    """A list that afterwards holds the GPU's use meanwhile, in shares of 1 every tenth of a second; empty on a CPU.
+
+    It is nvidia-smi's: the share of time in which a kernel ran. The first and last reading are left out, since they are
+    of what was before and after, too.
+    """
+    found: list[float] = []
+    if device == "cpu" or not shutil.which("nvidia-smi"):
+        yield found
+        return
+    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-i", "0", "-lms", "100"]
+    watch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield found
+    finally:
+        watch.terminate()
+        printed, _ = watch.communicate()
+        found += [float(line) / 100 for line in printed.split()[1:-1] if line.isdigit()]
 
 
 def peaks(threads: int, device: str = "cpu", seconds: float = 0.5) -> dict[str, float]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ir_measures
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
@@ -191,6 +190,8 @@ def _nearest(vectors: Floats, data: Beir) -> Ranking:
 
 def rank_metrics(qrels: dict[str, dict[str, int]], run: Ranking) -> dict[str, float]:
     """nDCG@10, Recall@100 and MRR@10 of ranked results, by ``ir_measures``."""
+    import ir_measures  # so that speed can be measured without it
+
     measures = {"nDCG@10": ir_measures.nDCG @ 10, "R@100": ir_measures.R @ 100, "MRR@10": ir_measures.RR @ 10}
     figures = ir_measures.calc_aggregate(list(measures.values()), qrels, run)
     return {name: float(figures[measure]) for name, measure in measures.items()}

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.client import Worker, name_of, prepared
 from benchmarks.data import AS_IT_COMES, DOCUMENTS, LENGTHS, SORTED, sample_texts
 from benchmarks.errors import EngineError
-from benchmarks.machine import peaks, versions
+from benchmarks.machine import gpu_use, peaks, versions
 from benchmarks.results import Figure, Journal, Result
 from benchmarks.subject import BASELINE, Subject, size_mb
 from benchmarks.worker import Job
@@ -38,8 +38,8 @@ class Profile:
     """How often every engine is started anew."""
     rounds: int
     """How often the engines take turns after each start."""
-    bulk: tuple[tuple[str, int, str], ...]
-    """Kinds of texts, one of ``LENGTHS`` or ``documents``, how many, and in which order."""
+    bulk: tuple[tuple[Any, ...], ...]
+    """Kinds of texts, one of ``LENGTHS`` or ``documents``, how many, in which order, and perhaps a batch's size."""
     callers: tuple[int, ...]
     """How many ask at once, in the order of measuring."""
     queries: int
@@ -89,6 +89,15 @@ PROFILES = {
         reranked=5,
         operations=0.7e12,
     ),
+    "gpu": Profile(
+        starts=1,
+        rounds=5,
+        bulk=(("spread", 10_000, AS_IT_COMES), ("spread", 10_000, AS_IT_COMES, 256)),
+        callers=(1, 16),
+        queries=200,
+        indexed=20_000,
+        reranked=25,
+    ),
 }
 
 
@@ -129,8 +138,8 @@ def measure_speed(bench: Bench) -> None:
     for start in range(profile.starts):
         peak = _roofline(bench, start)
         loads = [
-            _bulk(bench, peak, "bulk", {"texts": kind, "order": order}, _inputs(bench, kind, count))
-            for kind, count, order in profile.bulk
+            _bulk(bench, peak, "bulk", {"texts": kind, "order": order}, _inputs(bench, kind, count), *batch)
+            for kind, count, order, *batch in profile.bulk
             if bench.corpus or kind != DOCUMENTS
         ]
         loads += [_latency(bench, callers) for callers in profile.callers]
@@ -173,11 +182,12 @@ def _bulk(
     work, count = _operations(bench.subject, tokens), len(inputs)
 
     def measure(worker: Worker) -> Sample:
-        seconds = worker.ask("bulk", inputs=inputs, batch=batch)["seconds"]
+        with gpu_use(worker.job.device) as busy:
+            seconds = worker.ask("bulk", inputs=inputs, batch=batch)["seconds"]
         sample = {"seconds": seconds, "texts/s": count / seconds, "tokens/s": sum(tokens) / seconds}
         roof = peak.get(_precision(worker.job))
         share = {"share": work / seconds / roof / 1e9} if work and roof else {}
-        return sample | {"tokens": sum(tokens) / count} | share
+        return sample | {"tokens": sum(tokens) / count} | share | ({"gpu busy": float(np.mean(busy))} if busy else {})
 
     return Load(benchmark, settings | {"batch": batch, "count": count} | bench.jobs[0].place, measure)
 

@@ -14,6 +14,7 @@ from benchmarks.worker import Job
 from export.errors import ExportError
 from export.source import resolve_source
 from runtime.manifest import Manifest, load_manifest
+from runtime.session import provider_of
 
 BASELINE = ("sentence_transformers", "fp32")
 """What every ratio is to: what most people use."""
@@ -78,7 +79,8 @@ def _variants(engine: str, kind: str, device: str) -> tuple[str, ...]:
 def _chosen(subject: Subject, engines: str | None, device: str) -> list[tuple[str, str]]:
     kind = subject.manifest.kind
     offered = {engine: _variants(engine, kind, device) for engine in (ENGINES if subject.checkpoint else ENGINES[:1])}
-    offered["ours"] = tuple(subject.manifest.variants)
+    ours = subject.manifest.variants.items()
+    offered["ours"] = tuple(name for name, variant in ours if provider_of(device) in variant.providers)
     if engines is None:
         return [(engine, variant) for engine, variants in offered.items() for variant in variants]
     chosen = []

@@ -1,22 +1,46 @@
-"""Write a checkpoint of bge-base's shape with random weights: its speed is that of a trained one. For benchmarks."""
+"""Write a checkpoint with random weights, whose speed is that of a trained one of its shape. For benchmarks."""
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertModel
+import transformers
 
 from export.source import resolve_source
 
-folder, like = Path(sys.argv[1]), resolve_source("all-minilm-l6-v2").folder
-shutil.copytree(like, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "*.onnx", "onnx", "openvino"))
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+XLMR = LARGE | {"vocab_size": 30522, "max_position_embeddings": 514, "type_vocab_size": 1, "num_labels": 1}
+SHAPES = {
+    "base": lambda: transformers.BertModel(transformers.BertConfig()),  # the defaults are BERT-base's
+    "large": lambda: transformers.BertModel(transformers.BertConfig(**LARGE)),
+    "reranker-large": lambda: transformers.XLMRobertaForSequenceClassification(transformers.XLMRobertaConfig(**XLMR)),
+}
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("folder", type=Path, help="is made")
+parser.add_argument("--shape", choices=SHAPES, default="base", help="bge-base's, bge-large's or bge-reranker-large's")
+parser.add_argument("--tokenizer", default="all-minilm-l6-v2", help="the model whose tokenizer it gets")
+options = parser.parse_args()
+
+options.folder.mkdir(parents=True)
+for file in resolve_source(options.tokenizer).folder.glob("*token*"):
+    shutil.copy(file, options.folder)
 torch.manual_seed(0)
-BertModel(BertConfig()).save_pretrained(folder)  # transformers' defaults are BERT-base's 12 layers of 768
-for name, changes in {
-    "1_Pooling/config.json": {"word_embedding_dimension": BertConfig().hidden_size},
-    "sentence_bert_config.json": {"max_seq_length": BertConfig().max_position_embeddings},
-}.items():
-    path = folder / name
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | changes), "utf-8")
+model = SHAPES[options.shape]()
+model.save_pretrained(options.folder)
+if options.shape != "reranker-large":
+    pooling = {"pooling_mode_cls_token": True, "word_embedding_dimension": model.config.hidden_size}
+    kinds = "Transformer", "Pooling"
+    modules = [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
+        for i, kind in enumerate(kinds)
+    ]
+    (options.folder / "1_Pooling").mkdir()
+    for name, content in {
+        "1_Pooling/config.json": pooling,
+        "modules.json": modules,
+        "sentence_bert_config.json": {"max_seq_length": 512, "do_lower_case": False},
+    }.items():
+        (options.folder / name).write_text(json.dumps(content), "utf-8")

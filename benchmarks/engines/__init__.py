@@ -7,7 +7,16 @@ writes the conversion ``job.variant`` to ``job.source``. The package itself is i
 that the runner can read the rest without it.
 """
 
-ENGINES = ("ours", "sentence_transformers", "flag_embedding", "optimum", "fastembed", "openvino", "flashrank")
+ENGINES = (
+    "ours",
+    "sentence_transformers",
+    "flag_embedding",
+    "optimum",
+    "fastembed",
+    "openvino",
+    "flashrank",
+    "compiled",
+)
 """All of them."""
 
 SAME_ANSWERS = ("no-probe", "int8-scheduled", "int8-throughput")
