@@ -3,11 +3,13 @@
 Files that are damaged, swapped or deleted, and a want of memory, never give a wrong vector.
 """
 
+import fcntl
 import os
 import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.errors import ExportError
-from export.pipeline import export_model
+from export.pipeline import export_model, staging_folder
 from runtime import ArtifactError, Embedder, verify_artifact
 
 pytestmark = pytest.mark.usefixtures("few_texts")
@@ -274,6 +276,40 @@ def test_of_two_exports_to_one_folder_each_leaves_a_whole_artifact_or_an_error(s
     assert all(f"{out}: exists already; pass --force" in error for code, error in ended if code)
     assert list((tmp_path / "a").iterdir()) == [out]
     assert Embedder(out, device="cpu").encode("fine").shape == (32,)
+
+
+def test_an_export_does_not_publish_while_another_does(tmp_path):
+    """The other one holds the parent folder's lock; an open file's lock is its own, in this process too."""
+    held, inside = os.open(tmp_path, os.O_RDONLY), threading.Event()
+
+    def publish():
+        with staging_folder(tmp_path / "out", force=False):
+            inside.set()
+
+    fcntl.flock(held, fcntl.LOCK_EX)
+    publishing = threading.Thread(target=publish)
+    publishing.start()
+    assert inside.wait(10)
+    publishing.join(0.3)
+    assert publishing.is_alive()
+    assert not (tmp_path / "out").exists()
+    os.close(held)
+    publishing.join(10)
+    assert (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("force", [False, True], ids=["", "force"])
+def test_what_is_published_is_the_staging_folder_itself_in_one_step(tmp_path, monkeypatch, force):
+    """A copy would be half there for a while, and an old artifact that is moved aside first is absent for a while."""
+    out = tmp_path / "out"
+    if force:
+        out.mkdir()
+        monkeypatch.setattr(Path, "rename", lambda *paths: pytest.fail("a second step"))
+    with staging_folder(out, force) as stage:
+        (stage / "file").touch()
+        staged = stage.stat().st_ino
+    assert out.stat().st_ino == staged
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_a_run_without_memory_is_a_run_error_and_the_model_goes_on(start, tmp_path):
