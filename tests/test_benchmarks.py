@@ -268,13 +268,13 @@ def test_an_interrupted_run_keeps_what_it_measured_and_leaves_no_process(tiny_ar
 
 
 def test_without_what_it_needs_the_command_says_what_to_install():
-    code = "import sys; sys.modules['ir_measures'] = None; import benchmarks.__main__"
+    code = "import sys; sys.modules['scipy'] = None; import benchmarks.__main__"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("error: ir_measures isn't installed; run: pip install 'bge-onnx[")
+    assert done.stderr.startswith("error: scipy isn't installed; run: pip install 'bge-onnx[")
 
 
 def test_results_in_the_repository_hold_no_path_of_a_machine():
@@ -334,7 +334,7 @@ def test_variants_share_a_conversion_and_a_changed_checkpoint_is_converted_anew(
 
 def test_on_cuda_there_are_the_engines_that_run_there(tiny_artifact, tiny_checkpoint):
     jobs = plan_jobs(open_subject(tiny_artifact, str(tiny_checkpoint)), threads=1, device="cuda")
-    assert {job.engine for job in jobs} == {"ours", "sentence_transformers", "flag_embedding"}
+    assert {job.engine for job in jobs} == {"ours", "sentence_transformers", "flag_embedding", "compiled"}
     assert "sentence_transformers fp16" in {client.name_of(job) for job in jobs}
     assert all(job.place == {"threads": 1, "device": "cuda"} for job in jobs)
     on_cpu = plan_jobs(open_subject(tiny_artifact, str(tiny_checkpoint)), threads=1)
@@ -402,7 +402,7 @@ def test_our_embedder_is_mtebs_encoder(tiny_artifact, monkeypatch):
 def test_a_stock_graph_under_our_scheduling_gives_the_same_vectors(tiny_artifact):
     """And so does the plain pipeline; our graph in a stock one's place has no mask, but needs none of equal lengths."""
     embedder = Embedder(tiny_artifact, "fp32", "cpu", 1)
-    session = embedder._opened.session
+    session = embedder._opened.sessions[0]
     job = Job(engine="", variant="", kind="embedder", source="", stock=str(tiny_artifact), max_length=64, threads=3)
     texts = ["river stone " * (i % 30) for i in range(100)]
 

@@ -354,7 +354,7 @@ def test_a_variant_that_does_not_run_on_the_device_is_an_error(tiny_artifact, ed
     def only_cuda(data):
         data["variants"]["fp32"]["providers"] = ["CUDAExecutionProvider"]
 
-    with pytest.raises(ArtifactError, match="no variant 'fp32' for cpu"):
+    with pytest.raises(ArtifactError, match="its fp32 doesn't run on cpu, only int8 does"):
         Embedder(edited(tiny_artifact, only_cuda), "fp32", device="cpu")
 
 
@@ -370,7 +370,7 @@ def test_no_variant_for_the_device_does_not_advise_to_export_a_variant_called_au
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="has CUDA")
 def test_cuda_that_cannot_be_had_is_an_error_with_the_cure(tiny_artifact):
-    with pytest.raises(ProviderError, match=r"pip install bge-onnx\[gpu\]"):
+    with pytest.raises(ProviderError, match=r"pip install 'bge-onnx\[gpu\]'"):
         Embedder(tiny_artifact, device="cuda")
 
 

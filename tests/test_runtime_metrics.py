@@ -60,7 +60,7 @@ def numbers(texts, tokens, batches, truncated=0):
         ("a", numbers(1, 3, 1)),
         (["a", "a", "", "a b c", "a b c"], numbers(5, 3 + 3 + 2 + 5 + 5, 3)),
         (["a", LONG, LONG], numbers(3, 3 + 64 + 64, 2, 2)),
-        (["a " * 62] * 33, numbers(33, 33 * 64, 2)),  # 2,048 tokens are a run
+        (["a " * 62] * 33, numbers(33, 33 * 64, 5)),  # 512 tokens are a thread's run
     ],
     ids=["none", "one", "lengths", "cut", "runs"],
 )

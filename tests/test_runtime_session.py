@@ -36,7 +36,7 @@ os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from runtime import Embedder
 
 for threads in (None, 3):
-    session = Embedder(sys.argv[1], device="cpu", threads=threads)._opened.session
+    session = Embedder(sys.argv[1], device="cpu", threads=threads)._opened.sessions[0]
     print(session.get_session_options().intra_op_num_threads)
 """
     command = [sys.executable, "-c", code, tiny_artifact]
