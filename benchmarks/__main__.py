@@ -29,9 +29,8 @@ try:
     from runtime.manifest import load_manifest
     from runtime.session import usable_cpus
 except ImportError as missing:
-    sys.exit(
-        f"error: {(missing.name or '').partition('.')[0]} isn't installed; run: pip install 'bge-onnx[cpu,retrieve,export,bench]'"
-    )
+    package = (missing.name or "").partition(".")[0]
+    sys.exit(f"error: {package} isn't installed; run: pip install 'bge-onnx[cpu,retrieve,export,bench]'")
 
 INT8_ENGINES = (
     "ours:int8,sentence_transformers:fp32,optimum:fp32-o3,optimum:int8,optimum:int8-scheduled,openvino:int8,"
