@@ -41,7 +41,7 @@ CGROUP = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 CUDA_OPTIONS = {
-    "enable_skip_layer_norm_strict_mode": "1",  # sums in float32; without it in fp16
+    "enable_skip_layer_norm_strict_mode": "1",  # sums in float32; older onnxruntimes do in fp16 without it
     "use_tf32": "0",  # fp32 means fp32
 }
 """Options of ONNX Runtime's CUDA provider."""
@@ -263,7 +263,7 @@ def create_session(path: Path, device: str, threads: int) -> Session:
             session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's errors share no public base
         cause = str(error).splitlines()[0][:300]
-        if kind == "cuda" and re.search("cuda|cudnn|cublas|find kernel", cause, re.IGNORECASE):
+        if kind == "cuda" and re.search("cuda|cudnn|cublas|find kernel|find an implementation", cause, re.I):
             raise _cuda_fails(device, missing or cause) from None
         raise ArtifactError(
             f"{path}: onnxruntime {onnxruntime.__version__} can't load it ({cause}); upgrade it or export again"
