@@ -179,7 +179,7 @@ def _preload_cuda() -> str:
 def run_session(
     session: Session, outputs: Sequence[str], ids: NDArray[np.int64], token_types: NDArray[np.int64] | None = None
 ) -> list[Any]:
-    """Run texts of equal length, which need no padding, and compute no more than the outputs need.
+    """Run texts of equal length, which need no padding.
 
     Args:
         session: The graph, which gets those of ``input_ids``, ``attention_mask`` and ``token_type_ids`` that it takes.
@@ -200,7 +200,7 @@ def run_session(
 
 
 def run_feeds(session: Session, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]], what: str) -> list[Any]:
-    """Run a graph, and compute no more than the outputs need.
+    """Run a graph.
 
     Args:
         session: The graph.
@@ -216,10 +216,8 @@ def run_feeds(session: Session, outputs: Sequence[str], feeds: Mapping[str, NDAr
         RunError: ONNX Runtime failed, most often for want of memory.
     """
     taken = {entry.name: feeds[entry.name] for entry in session.get_inputs()}
-    options = onnxruntime.RunOptions()
-    options.only_execute_path_to_fetches = True
     try:
-        held: list[Any] = session.run(list(outputs), taken, options)
+        held: list[Any] = session.run(list(outputs), taken)
     except Exception as error:  # onnxruntime's errors share no public base
         cause = str(error).splitlines()[0][:300]
         if "out of data bounds" in cause:
