@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -75,14 +76,17 @@ def gpu_use(device: str) -> Iterator[list[float]]:
     if device == "cpu" or not shutil.which("nvidia-smi"):
         yield found
         return
-    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-i", "0", "-lms", "100"]
-    watch = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        yield found
-    finally:
-        watch.terminate()
-        printed, _ = watch.communicate()
-        found += [float(line) / 100 for line in printed.split()[1:-1] if line.isdigit()]
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "100"]
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    with tempfile.NamedTemporaryFile(prefix="bge-onnx-") as file:  # what is piped may be held back
+        watch = subprocess.Popen([*query, "-i", gpu, "-f", file.name])
+        try:
+            yield found
+        finally:
+            watch.terminate()
+            watch.wait()
+            lines = Path(file.name).read_text().split()[1:-1]
+            found += [float(line) / 100 for line in lines if line.isdigit()]
 
 
 def peaks(threads: int, device: str = "cpu", seconds: float = 0.5) -> dict[str, float]:

@@ -30,7 +30,11 @@ for file in resolve_source(options.tokenizer).folder.glob("*token*"):
 torch.manual_seed(0)
 model = SHAPES[options.shape]()
 model.save_pretrained(options.folder)
-if options.shape != "reranker-large":
+if options.shape == "reranker-large":  # it has no token types, which a BERT's tokenizer would give
+    path = options.folder / "tokenizer_config.json"
+    taken = {"model_input_names": ["input_ids", "attention_mask"]}
+    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | taken), "utf-8")
+else:
     pooling = {"pooling_mode_cls_token": True, "word_embedding_dimension": model.config.hidden_size}
     kinds = "Transformer", "Pooling"
     modules = [

@@ -120,7 +120,7 @@ def attention_bias(graph: Graph, config: EncoderConfig, weight: Weights) -> str:
 
     The graph has their number as ``tokens``, of shape (1,).
     """
-    longest, buckets = config.positions - 1, config.relative_buckets // 2
+    longest, buckets = config.positions + 6, config.relative_buckets // 2  # packed texts count as multiples of 8
     near, reach = buckets // 2, 128
 
     def table() -> np.ndarray:  # row d holds the bias of a key that stands d - longest places behind its query

@@ -121,7 +121,7 @@ def _layer(graph: Graph, config: EncoderConfig, weight: Weights, layer: str, x: 
 
 
 def _norm(graph: Graph, config: EncoderConfig, weight: Weights, name: str, x: str, skip: str, *bias: str) -> str:
-    """The layer normalisation of a sum; the runtime has its strict mode on, which accumulates in float32."""
+    """The layer normalisation of a sum, in float32 (which the runtime asks older ONNX Runtimes for)."""
     scale = [parameter(graph, weight, f"{name}.{part}", config.hidden) for part in ("weight", "bias")]
     return graph.add("SkipLayerNormalization", x, skip, *scale, *bias, domain=MICROSOFT, epsilon=config.norm_eps)
 
@@ -155,8 +155,8 @@ def _pooled(graph: Graph, x: str, starts: str, pooling: Pooling | None) -> str:
     if pooling == "last_token":
         one = graph.weight("one", np.array(1, np.int32))
         return graph.add("Gather", x, graph.add("Sub", ends, one))
-    # A text's row of this matrix has its tokens' shares, so that sums stay in range. The product is a tensor core's,
-    # accumulates in float32, and costs less than a hundredth of the encoder.
+    # A text's row of this matrix has its tokens' shares, so that sums stay in range. The product is a tensor core's and
+    # accumulates in float32; it costs a hundredth of the encoder for texts of a hundred tokens.
     column = graph.integers([1])
     own = graph.add("Equal", graph.add("Unsqueeze", starts, column), "text_starts")
     shares = graph.add("Cast", own, to=TensorProto.FLOAT16)

@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import fcntl
 import importlib.metadata
+import logging
 import os
 import shutil
 import string
@@ -42,6 +43,8 @@ from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import transformers
+
+logger = logging.getLogger(__name__)
 
 VARIANTS = ("fp32", "int8", "fp16")
 BY_DEFAULT = ("fp32", "int8")
@@ -273,9 +276,11 @@ def verify(stage: Path, manifest: Manifest, name: str, reference: Answers) -> Va
     variant, texts, cpu, cuda = manifest.variants[name], verification_texts(), *PROVIDERS["fp32"]
     if cpu in variant.providers:
         return dataclasses.replace(variant, parity=verify_variant(stage, name, reference, texts), verified_on=cpu)
-    with contextlib.suppress(ProviderError):
+    try:
         parity = verify_variant(stage, name, reference, texts, device="cuda")
         return dataclasses.replace(variant, parity=parity, verified_on=cuda)
+    except ProviderError as error:
+        logger.warning("%s is verified on the CPU, by its stand-in: %s", name, error)
     with tempfile.TemporaryDirectory(prefix="bge-onnx-") as scratch:
         parity = verify_variant(write_stand_in(stage, manifest, name, Path(scratch)), name, reference, texts)
     return dataclasses.replace(variant, parity=parity, verified_on=cpu)
@@ -310,6 +315,7 @@ def write_manifest(
         dim=spec.dim or 0,
         max_length=spec.max_length,
         outputs=spec.outputs,
+        vocab=checkpoint.config.take("vocab_size", int),
         skipped_ids=tuple(special) if "token_weights" in spec.outputs else (),
         pooling=spec.pooling,
         normalize=spec.normalize,

@@ -20,7 +20,7 @@ from runtime.hybrid import (
     vocabulary_lexical_weights,
 )
 from runtime.microbatch import MicroBatcher
-from runtime.model import Model
+from runtime.model import Model, Piece
 from runtime.packing import POOLED
 from runtime.pooling import Floats, normalize, pool
 
@@ -96,13 +96,13 @@ class Embedder(Model):
     ) -> Floats | dict[str, Any]:
         """Embed texts as they are, without a prompt.
 
-        A text's vector is the same to the bit whatever it is batched with.
+        On a CPU a text's vector is the same to the bit whatever it is batched with, on a GPU within its precision.
 
         Args:
             texts: One text or several.
             truncate_dim: Keep this many leading dimensions (Matryoshka models), normalised again if the model is.
-            truncate: Cut texts beyond ``max_length`` (logged as one warning, visible with ``count_tokens``); False
-                raises instead.
+            truncate: Cut texts beyond ``max_length`` (logged as a warning, visible with ``count_tokens``); False raises
+                instead.
             chunk: Read texts beyond ``max_length`` whole, in pieces whose dense vectors are averaged by their number of
                 tokens.
             return_dense: Dense vectors.
@@ -188,7 +188,7 @@ class Embedder(Model):
     ) -> Floats:
         """``encode`` for dense vectors in asyncio: the loop stays free, and concurrent calls run together.
 
-        The vectors are those of ``encode`` to the bit. At most 1,024 calls are queued, further ones wait for room;
+        The vectors are those of ``encode``. At most 1,024 calls are queued, further ones wait for room;
         bound the wait with ``asyncio.timeout``. For other outputs, use ``asyncio.to_thread(embedder.encode, …)``.
         """
         return await self._aencode(texts, "", truncate_dim, truncate)
@@ -286,21 +286,19 @@ class Embedder(Model):
             truncate_dim = check_count("truncate_dim", truncate_dim, self.dim)
         if chunk:
             pieces = self._tokenizer.encode_chunks(texts, first)
-            vectors = self._dense([ids for text in pieces for ids in text], truncate_dim)
+            flat = [ids for text in pieces for ids in text]
+            vectors = self._dense(len(flat), [Piece(flat)], truncate_dim)
             return self._join(vectors, [[len(ids) for ids in text] for text in pieces])
-        vectors = np.empty((len(texts), truncate_dim or self.dim), np.float32)
-        encode = functools.partial(self._encode_ids, truncate, first)
-        for start, ids in self._ahead(texts, encode):
-            vectors[start : start + len(ids)] = self._dense(ids, truncate_dim)
-        return vectors
 
-    def _encode_ids(self, truncate: bool, first: int, texts: Sequence[str], start: int) -> list[list[int]]:
-        return self._tokenizer.encode(texts, truncate, first + start)
+        def encode(some: Sequence[str], start: int) -> Piece:
+            return Piece(self._tokenizer.encode(some, truncate, first + start), start=start)
 
-    def _dense(self, ids: list[list[int]], truncate_dim: int | None) -> Floats:
+        return self._dense(len(texts), self._ahead(texts, encode), truncate_dim)
+
+    def _dense(self, texts: int, pieces: Iterable[Piece], truncate_dim: int | None) -> Floats:
         """float32 ``(n, dim)``; zeros for a text without tokens, which only tokenizers without special tokens give."""
-        vectors = np.zeros((len(ids), truncate_dim or self.dim), np.float32)
-        for places, _, (values,) in self._run([self._output("dense_vecs")], ids):
+        vectors = np.zeros((texts, truncate_dim or self.dim), np.float32)
+        for places, _, (values,) in self._run([self._output("dense_vecs")], pieces):
             vectors[places] = self._pool(values, truncate_dim)
         return vectors
 
@@ -336,7 +334,7 @@ class Embedder(Model):
         ids = self._tokenizer.encode(texts, truncate)
         tokens = VOCABULARY_TOKENS_PER_RUN if "vocabulary_weights" in outputs.values() else None
         results: dict[str, Any] = {way: [None] * len(ids) if wanted else None for way, wanted in asked.items()}
-        for places, rows, found in self._run(list(outputs.values()), ids, tokens=tokens):
+        for places, rows, found in self._run(list(outputs.values()), [Piece(ids)], tokens):
             for (way, output), values in zip(outputs.items(), found, strict=True):
                 for i, value in zip(places, self._finish(output, rows, values), strict=True):
                     results[way][i] = value

@@ -116,6 +116,8 @@ class Manifest:
     """Text put before a query (``query``) or a passage (``passage``)."""
     variants: dict[str, Variant]
     files: dict[str, File]
+    vocab: int | None = None
+    """Token ids that the graph knows. A CPU finds others itself, CUDA takes them for a word without a meaning."""
     skipped_ids: tuple[int, ...] = ()
     """Special tokens that have no lexical weight."""
     tools: dict[str, str] = field(default_factory=dict)

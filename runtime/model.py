@@ -1,17 +1,18 @@
 """What an embedder and a reranker share: an artifact opened on a device, and the one way to run its graph."""
 
 import functools
+import itertools
 import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,26 +39,39 @@ from runtime.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS_PER_RUN = 2048
-"""Bounds memory: one run never holds more tokens, unless a single text does. More are no faster on a CPU.
+"""Bounds memory: on a CPU one run never holds more tokens, unless a single text does. More are no faster.
 
 A call with more tokens in all is bulk work."""
 TOKENS_PER_THREAD = 512
 """The most that a run on a CPU has for each of its threads: what more of them hold between two operators leaves the
 core's cache."""
 CUDA_TOKENS_PER_RUN = 16_384
-"""The same on a GPU, where a run of few tokens takes as long as one of many."""
+"""What ``MAX_TOKENS_PER_RUN`` is on a GPU, where a run of few tokens takes as long as one of many."""
 IN_FLIGHT = 2
 """Runs that a GPU is given at once, so that it goes on with one while the other's results are fetched."""
 AHEAD = (256, 4096)
 """Texts that are tokenised at once for a GPU, the first time and later, while it is busy with those before."""
 
 PREFERENCE = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32")}
-"""What ``variant="auto"`` takes, first to last. Every variant has proven its parity at export."""
+"""What ``variant="auto"`` takes, first to last. Each has proven its parity at export, fp16 at least in fp32."""
 
 MAX_THREADS = 1024
 
 Given = TypeVar("Given")
 Done = TypeVar("Done")
+Batch = tuple[NDArray[np.intp], list[list[int]], list[list[int]] | None]
+"""Places of texts, their token ids and their token types."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some of a call's texts or pairs, tokenised."""
+
+    ids: Sequence[list[int]]
+    types: Sequence[list[int]] | None = None
+    """Token types; all 0 by default."""
+    start: int = 0
+    """The first one's place in the call."""
 
 
 @dataclass
@@ -197,6 +211,10 @@ class Model:
         if opened is None:
             raise InputError(f"the {self.KIND} {self.manifest.name} is closed; open it again")
         if opened.process != os.getpid():
+            if self._on_gpu:
+                raise ProviderError(
+                    f"{self._folder}: CUDA can't be used in a forked process; start it with multiprocessing's spawn"
+                )
             with OPENING:  # or each of its threads would open one
                 if self._opened is opened:
                     logger.info("%s: opened again in a forked process", self._folder)
@@ -222,28 +240,27 @@ class Model:
                 logger.warning("bulk work is slower, as the artifact is no longer what was loaded: %s", error)
         return opened.bulk
 
-    def _run(
-        self,
-        outputs: Sequence[str],
-        ids: Sequence[list[int]],
-        types: Sequence[list[int]] | None = None,
-        tokens: int | None = None,
-    ) -> Iterator[Run]:
+    def _run(self, outputs: Sequence[str], pieces: Iterable[Piece], tokens: int | None = None) -> Iterator[Run]:
         """Run texts: packed, or those of equal length together.
 
         Args:
             outputs: Names of the graph's outputs.
-            ids: Token ids of each text; one without any is left out.
-            types: Token types of each text; all 0 by default.
+            pieces: Token ids of some texts, of which one without any is left out, and perhaps their token types, which
+                are 0 by default. On a GPU the next piece is asked for while the one before is running.
             tokens: Most tokens in a run; by default what suits the device.
 
         Yields:
-            Of texts of equal length their places in ``ids``, their ids, int64 ``(n, tokens)``, and the outputs. Without
+            Of texts of equal length their places among all, their ids, int64 ``(n, tokens)``, and the outputs. Without
             outputs of tokens a packed run is yielded whole, and with no ids.
         """
         opened = self._opened_here()
-        work = functools.partial(self._run_batch, outputs, ids, types)
-        for lanes, batches in self._plan(opened, np.array([len(row) for row in ids], np.intp), tokens):
+        work = functools.partial(self._run_batch, outputs)
+        plans: Iterable[tuple[Sequence[Session], Iterable[Batch]]]
+        if self._on_gpu:
+            plans = [(opened.sessions * IN_FLIGHT, self._gpu_batches(pieces, tokens))]
+        else:
+            plans = itertools.chain.from_iterable(self._cpu_plans(opened, piece, tokens) for piece in pieces)
+        for lanes, batches in plans:
             for runs, seconds, total in _side_by_side(work, batches, lanes):
                 self._hook("run_seconds", seconds)
                 self._hook("batches", 1)
@@ -251,92 +268,109 @@ class Model:
                 self._hook("tokens", total)
                 yield from runs
 
-    def _plan(
-        self, opened: _Opened, lengths: NDArray[np.intp], tokens: int | None
-    ) -> list[tuple[Sequence[Session], list[NDArray[np.intp]]]]:
+    def _cpu_plans(
+        self, opened: _Opened, piece: Piece, tokens: int | None
+    ) -> Iterator[tuple[Sequence[Session], list[Batch]]]:
         """Batches, and the sessions that take them, each one at a time but as often as it is named."""
+        places, lengths = _lengths(piece)
         most = min(tokens or self._tokens, self._tokens)
-        (places,) = np.nonzero(lengths)  # a text without tokens, which only tokenizers without special tokens give
-        lengths = lengths[places]
-        lanes = opened.sessions * (IN_FLIGHT if self._on_gpu else 1)
         if self._packing:
-            plan = [(lanes, plan_packed(lengths, most))]
-        elif self._on_gpu:
-            plan = [(lanes, plan_batches(lengths, most))]
-        else:
-            bulk = self._bulk_session(opened, int(lengths.sum()))
-            most = min(most, TOKENS_PER_THREAD * self._threads)
-            wide, narrow = plan_threads(lengths, most, self._threads if bulk else 1)
-            plan = [(lanes, wide), ((bulk,) * self._threads if bulk else (), narrow)]
-        return [(lanes, [places[batch] for batch in batches]) for lanes, batches in plan if batches]
+            yield opened.sessions, _batches(piece, places, plan_packed(lengths, most))
+            return
+        bulk = self._bulk_session(opened, int(lengths.sum()))
+        most = min(most, TOKENS_PER_THREAD * self._threads)
+        wide, narrow = plan_threads(lengths, most, self._threads if bulk else 1)
+        yield opened.sessions, _batches(piece, places, wide)
+        if bulk:
+            yield (bulk,) * self._threads, _batches(piece, places, narrow)
 
-    def _run_batch(
-        self,
-        outputs: Sequence[str],
-        ids: Sequence[list[int]],
-        types: Sequence[list[int]] | None,
-        session: Session,
-        places: NDArray[np.intp],
-    ) -> tuple[list[Run], float, int]:
-        """Run some of the texts; those that are too much at once, in halves.
+    def _gpu_batches(self, pieces: Iterable[Piece], tokens: int | None) -> Iterator[Batch]:
+        """Batches of a piece after the other, each planned when it is due."""
+        plan = plan_packed if self._packing else plan_batches
+        for piece in pieces:
+            places, lengths = _lengths(piece)
+            yield from _batches(piece, places, plan(lengths, min(tokens or self._tokens, self._tokens)))
+
+    def _run_batch(self, outputs: Sequence[str], session: Session, batch: Batch) -> tuple[list[Run], float, int]:
+        """Run a batch; one that is too much at once, in halves.
 
         Returns:
-            What ``_run`` yields of them, the seconds it took, and their tokens.
+            What ``_run`` yields of it, the seconds it took, and its tokens.
         """
-        rows = [ids[i] for i in places]
-        row_types = None if types is None else [types[i] for i in places]
-        total = sum(map(len, rows))
-        start = time.perf_counter()
-        runs: list[Run]
+        places, rows, types = batch
+        total, start = sum(map(len, rows)), time.perf_counter()
         try:
             if self._packing:
-                feeds = pack(rows, row_types, self._packing.padding_id)
+                feeds = pack(rows, types, self._packing.padding_id)
+                self._check_known(feeds["input_ids"])
                 found = run_feeds(session, outputs, feeds, f"{len(rows)} texts of {total} tokens")
                 runs = by_length(outputs, found, places, rows)
             else:
                 held = np.array(rows, np.int64)
-                held_types = None if row_types is None else np.array(row_types, np.int64)
+                self._check_known(held)
+                held_types = None if types is None else np.array(types, np.int64)
                 runs = [(places, held, run_session(session, outputs, held, held_types))]
+            return runs, time.perf_counter() - start, total
         except RunError:
             if len(places) == 1:
                 raise
-            self._tokens = max(self._tokens // 2, MAX_TOKENS_PER_RUN // 4)
-            say_once(f"{self._folder}: runs are halved, since one failed, most likely for want of memory")
-            middle = len(places) // 2
-            halves = [
-                self._run_batch(outputs, ids, types, session, half) for half in (places[:middle], places[middle:])
-            ]
-            runs = [run for found_runs, _, _ in halves for run in found_runs]
+        self._tokens = max(min(self._tokens, total // 2), MAX_TOKENS_PER_RUN // 4)
+        say_once(f"{self._folder}: runs are halved, since one failed, most likely for want of memory")
+        middle = len(places) // 2
+        runs = []
+        for half in (slice(None, middle), slice(middle, None)):
+            part = places[half], rows[half], None if types is None else types[half]
+            runs += self._run_batch(outputs, session, part)[0]
         return runs, time.perf_counter() - start, total
 
-    def _ahead(
-        self, items: Sequence[Given], encode: Callable[[Sequence[Given], int], Done]
-    ) -> Iterator[tuple[int, Done]]:
+    def _check_known(self, ids: NDArray[Any]) -> None:
+        """On a GPU, raise ``ArtifactError`` on a token id that the graph doesn't know; on a CPU its run does."""
+        vocab = self.manifest.vocab
+        if self._on_gpu and vocab and ids.max() >= vocab:
+            raise ArtifactError(
+                f"{self._folder}: token id {ids.max()} is not in the graph's vocabulary of {vocab}; tokenizer.json and "
+                "the graph don't belong together, export the model again"
+            )
+
+    def _ahead(self, items: Sequence[Given], encode: Callable[[Sequence[Given], int], Piece]) -> Iterator[Piece]:
         """Tokenise what there is; for a GPU piece by piece, the next while it is busy with the one before.
 
         Args:
             items: Texts or pairs.
             encode: Tokenises some of them, of which the first has this place.
-
-        Yields:
-            Each piece's place, and what ``encode`` made of it.
         """
         first, most = AHEAD
         if not self._on_gpu or len(items) <= first:
-            yield 0, encode(items, 0)
+            yield encode(items, 0)
             return
         starts = [0, *range(first, len(items), most)]
         with ThreadPoolExecutor(1) as thread:
             following = thread.submit(encode, items[:first], 0)
-            for start, end in zip(starts, [*starts[1:], len(items)], strict=True):
-                current = following.result()
+            for end in [*starts[1:], len(items)]:
+                piece = following.result()
                 if end < len(items):
                     following = thread.submit(encode, items[end : end + most], end)
-                yield start, current
+                yield piece
+
+
+def _lengths(piece: Piece) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """The texts of a piece that have any tokens (only tokenizers without special tokens give none), and how many."""
+    lengths = np.array([len(row) for row in piece.ids], np.intp)
+    (places,) = np.nonzero(lengths)
+    return places, lengths[places]
+
+
+def _batches(piece: Piece, places: NDArray[np.intp], plan: Sequence[NDArray[np.intp]]) -> list[Batch]:
+    """A plan of some texts of a piece, with what is run."""
+    batches: list[Batch] = []
+    for chosen in (places[part] for part in plan):
+        types = None if piece.types is None else [piece.types[i] for i in chosen]
+        batches.append((chosen + piece.start, [piece.ids[i] for i in chosen], types))
+    return batches
 
 
 def _side_by_side(
-    work: Callable[[Session, Given], Done], items: Sequence[Given], lanes: Sequence[Session]
+    work: Callable[[Session, Given], Done], items: Iterable[Given], lanes: Sequence[Session]
 ) -> Iterator[Done]:
     """Of each item what the work makes of it, in order, with no more than two items a lane begun and not yielded.
 
@@ -345,7 +379,7 @@ def _side_by_side(
         items: What is worked on.
         lanes: What the work is done with; each serves one item at a time.
     """
-    if len(lanes) == 1 or len(items) == 1:
+    if len(lanes) == 1 or (isinstance(items, Sequence) and len(items) < 2):
         yield from (work(lanes[0], item) for item in items)
         return
     free: SimpleQueue[Session] = SimpleQueue()

@@ -13,6 +13,10 @@ Run = tuple[NDArray[np.intp], NDArray[np.int64], list[Any]]
 
 POOLED = "sentence_embedding"
 """What a packed graph gives of ``last_hidden_state``: each text's pooled vector, (texts, dim)."""
+EIGHT = 8
+"""The longest text counts as a multiple of it: other lengths of an attention bias (MPNet) have no fused kernel."""
+PADDED = 4
+"""How many times a run's tokens it would have if it were padded, at most: ``token_offset`` has them all."""
 TOKEN_OUTPUTS = ("token_weights", "token_vectors")
 """Outputs that a packed graph gives for all tokens in one row."""
 
@@ -49,7 +53,8 @@ def pack(
         counted = (flat != padding_id).astype(np.int32)
         before = np.cumsum(counted, dtype=np.int32) - counted
         positions = (before - before[starts] + 1) * counted
-    places = np.arange(len(ids) * int(lengths.max()), dtype=np.int32).reshape(len(ids), -1)
+    longest = -(-int(lengths.max()) // EIGHT) * EIGHT
+    places = np.arange(len(ids) * longest, dtype=np.int32).reshape(len(ids), -1)
     filled = np.arange(places.shape[1]) < lengths[:, None]
     return {
         "input_ids": flat,
@@ -66,7 +71,7 @@ def plan_packed(lengths: Sequence[int] | NDArray[np.intp], max_tokens: int) -> l
 
     Args:
         lengths: Tokens of each text.
-        max_tokens: Most tokens in a run; a longer text runs alone.
+        max_tokens: Most tokens in a run, and a ``PADDED``-th of those in a padded one; a longer text runs alone.
 
     Returns:
         Index arrays that together hold each of ``range(len(lengths))`` once, longest texts first, so that memory peaks
@@ -74,11 +79,13 @@ def plan_packed(lengths: Sequence[int] | NDArray[np.intp], max_tokens: int) -> l
     """
     array = np.asarray(lengths, np.intp)
     order = np.argsort(-array, kind="stable")
-    batches, start, total = [], 0, 0
+    batches, start, total, longest = [], 0, 0, 0
     for end, length in enumerate(array[order].tolist()):
-        if total + length > max_tokens and end > start:
+        padded = (end - start + 1) * longest
+        if end > start and (total + length > max_tokens or padded > PADDED * max_tokens):
             batches.append(order[start:end])
             start, total = end, 0
+        longest = length if start == end else longest
         total += length
     return [*batches, order[start:]] if order.size else []
 

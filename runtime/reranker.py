@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from runtime.checks import check_count, check_pairs, check_texts
 from runtime.errors import InputError
 from runtime.microbatch import MicroBatcher
-from runtime.model import Model
+from runtime.model import Model, Piece
 
 
 class Reranker(Model):
@@ -35,8 +35,8 @@ class Reranker(Model):
     ) -> list[float] | float:
         """Score queries with passages, as FlagEmbedding does.
 
-        A query keeps at most three quarters of ``max_length``, and its passage what is left. A pair's score is the same
-        to the bit whatever it is batched with. A query that comes several times is tokenised once.
+        A query keeps at most three quarters of ``max_length``, and its passage what is left. On a CPU a pair's score is
+        the same to the bit whatever it is batched with. A query that comes several times is tokenised once.
 
         Args:
             pairs: One (query, passage), or several.
@@ -102,17 +102,14 @@ class Reranker(Model):
     def _logits(self, pairs: Sequence[tuple[str, str]], truncate: bool = True, first: int = 0) -> NDArray[np.float32]:
         """Raw logits, float32 ``(n,)``."""
         logits = np.empty(len(pairs), np.float32)
-        encode = functools.partial(self._encode_ids, truncate, first)
-        for start, encoded in self._ahead(pairs, encode):
-            ids, types = [ids for ids, _ in encoded], [types for _, types in encoded]
-            for places, _, (found,) in self._run(["logits"], ids, types):
-                logits[start + places] = found[:, 0]
-        return logits
 
-    def _encode_ids(
-        self, truncate: bool, first: int, pairs: Sequence[tuple[str, str]], start: int
-    ) -> list[tuple[list[int], list[int]]]:
-        return self._tokenizer.encode_pairs(pairs, truncate, first + start)
+        def encode(some: Sequence[tuple[str, str]], start: int) -> Piece:
+            encoded = self._tokenizer.encode_pairs(some, truncate, first + start)
+            return Piece([ids for ids, _ in encoded], [types for _, types in encoded], start)
+
+        for places, _, (found,) in self._run(["logits"], self._ahead(pairs, encode)):
+            logits[places] = found[:, 0]
+        return logits
 
 
 def _scores(logits: NDArray[np.float32], normalize: bool, single: bool) -> list[float] | float:

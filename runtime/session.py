@@ -41,7 +41,7 @@ CGROUP = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 CUDA_OPTIONS = {
-    "enable_skip_layer_norm_strict_mode": "1",  # sums in float32; without it in fp16
+    "enable_skip_layer_norm_strict_mode": "1",  # sums in float32; older onnxruntimes do in fp16 without it
     "use_tf32": "0",  # fp32 means fp32
 }
 """Options of ONNX Runtime's CUDA provider."""
@@ -179,7 +179,7 @@ def _preload_cuda() -> str:
 def run_session(
     session: Session, outputs: Sequence[str], ids: NDArray[np.int64], token_types: NDArray[np.int64] | None = None
 ) -> list[Any]:
-    """Run texts of equal length, which need no padding, and compute no more than the outputs need.
+    """Run texts of equal length, which need no padding.
 
     Args:
         session: The graph, which gets those of ``input_ids``, ``attention_mask`` and ``token_type_ids`` that it takes.
@@ -200,7 +200,7 @@ def run_session(
 
 
 def run_feeds(session: Session, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]], what: str) -> list[Any]:
-    """Run a graph, and compute no more than the outputs need.
+    """Run a graph.
 
     Args:
         session: The graph.
@@ -216,10 +216,8 @@ def run_feeds(session: Session, outputs: Sequence[str], feeds: Mapping[str, NDAr
         RunError: ONNX Runtime failed, most often for want of memory.
     """
     taken = {entry.name: feeds[entry.name] for entry in session.get_inputs()}
-    options = onnxruntime.RunOptions()
-    options.only_execute_path_to_fetches = True
     try:
-        held: list[Any] = session.run(list(outputs), taken, options)
+        held: list[Any] = session.run(list(outputs), taken)
     except Exception as error:  # onnxruntime's errors share no public base
         cause = str(error).splitlines()[0][:300]
         if "out of data bounds" in cause:
@@ -263,7 +261,7 @@ def create_session(path: Path, device: str, threads: int) -> Session:
             session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's errors share no public base
         cause = str(error).splitlines()[0][:300]
-        if kind == "cuda" and re.search("cuda|cudnn|cublas|find kernel", cause, re.IGNORECASE):
+        if kind == "cuda" and re.search("cuda|cudnn|cublas|find kernel|find an implementation", cause, re.I):
             raise _cuda_fails(device, missing or cause) from None
         raise ArtifactError(
             f"{path}: onnxruntime {onnxruntime.__version__} can't load it ({cause}); upgrade it or export again"

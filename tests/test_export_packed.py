@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import numpy as np
 import onnxruntime
@@ -24,7 +25,7 @@ from export.graph import load_graph
 from export.packed import on_any_provider
 from export.pipeline import build_fp16, export_model, find_encoder, write_stand_in
 from export.source import resolve_source
-from runtime import ArtifactError, Embedder, Reranker
+from runtime import ArtifactError, Embedder, ProviderError, Reranker
 from runtime.manifest import Packing
 from runtime.packing import pack
 
@@ -57,6 +58,11 @@ def exported(checkpoint, folder):
 def bert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     return exported(checkpoint_of(folder, "bert"), folder)
+
+
+@pytest.fixture(scope="module")
+def stand_in(bert):
+    return Embedder(bert[1], "fp16", device="cpu")
 
 
 @pytest.fixture
@@ -135,6 +141,10 @@ def test_the_graph_is_packed_fp16_without_needless_biases(bert):
     assert operators.count("BiasGelu") == 2
     assert operators.count("SkipLayerNormalization") == 5
     assert not {"Attention", "MultiHeadAttention", "LayerNormalization", "Shape"} & set(operators)
+    for node in graph.nodes:
+        if node.op_type == "PackedMultiHeadAttention":
+            assert list(node.input[3:]) == ["", "token_offset", "cumulative_lengths"]
+            assert {attribute.name: attribute.i for attribute in node.attribute} == {"num_heads": 4}
     floats = {name: load().dtype for name, load in graph.weights.items() if load().dtype.kind == "f"}
     assert set(floats.values()) == {np.dtype(np.float16)}
     assert "layer.0.query.bias" in floats
@@ -144,14 +154,11 @@ def test_the_graph_is_packed_fp16_without_needless_biases(bert):
 
 @settings(max_examples=30, deadline=None)
 @given(order=st.permutations(range(len(TEXTS))), count=st.integers(1, len(TEXTS)))
-def test_a_vector_depends_on_no_other_text(bert, order, count):
+def test_a_vector_depends_on_no_other_text(stand_in, order, count):
     """Of the stand-in within float32's rounding; on a GPU within fp16's (tests/test_gpu.py)."""
-    embedder = test_a_vector_depends_on_no_other_text.__dict__.setdefault(
-        "embedder", Embedder(bert[1], "fp16", device="cpu")
-    )
-    alone = np.array([embedder.encode(text) for text in TEXTS])
+    alone = np.array([stand_in.encode(text) for text in TEXTS])
     some = list(order[:count])
-    np.testing.assert_allclose(embedder.encode([TEXTS[i] for i in some]), alone[some], atol=1e-5)
+    np.testing.assert_allclose(stand_in.encode([TEXTS[i] for i in some]), alone[some], atol=1e-5)
 
 
 def test_texts_are_tokenised_ahead_and_come_back_in_order(on_a_gpu, monkeypatch):
@@ -167,6 +174,32 @@ def test_a_text_that_fails_ahead_is_named_by_its_place(on_a_gpu, monkeypatch):
     monkeypatch.setattr("runtime.model.AHEAD", (4, 16))
     with pytest.raises(ValueError, match="text 77 has a lone surrogate"):
         on_a_gpu.encode(["fine"] * 77 + ["\ud800"] + ["fine"] * 20)
+
+
+def test_on_a_gpu_the_runtime_knows_which_token_ids_the_graph_knows(on_a_gpu):
+    """CUDA takes an unknown one for a word without a meaning."""
+    on_a_gpu.manifest = dataclasses.replace(on_a_gpu.manifest, vocab=100)
+    with pytest.raises(ArtifactError, match=r"token id \d+ is not in the graph's vocabulary of 100"):
+        on_a_gpu.encode(TEXTS)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_cant_use_its_parents_gpu_and_says_so(on_a_gpu):
+    on_a_gpu._opened.process += 1  # as it is in a child
+    with pytest.raises(ProviderError, match="can't be used in a forked process; start it with multiprocessing's spawn"):
+        on_a_gpu.encode("a text")
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet"])
+def test_a_graph_fails_on_a_cpu_only_for_want_of_the_packed_attention(family, tmp_path):
+    """ONNX Runtime has then checked all types, which the stand-in can't show."""
+    folder = checkpoint_of(tmp_path, family)
+    graph, _ = build_fp16(checkpoint := resolve_source(str(folder)), find_encoder(checkpoint))
+    graph.save(tmp_path / "m.onnx")
+    with pytest.raises(
+        Exception, match=r"kernel for com\.microsoft\.PackedMultiHeadAttention|implementation for Packed"
+    ):
+        onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
 
 
 def test_fp16_on_a_cpu_is_an_error_that_names_what_runs_there(bert):
