@@ -1,6 +1,7 @@
 """Attention by the operator that takes a CPU least, which is another one for short texts than for long ones."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -28,9 +29,9 @@ def attend_by_length(graph: Graph) -> Graph:
     tokens = result.add("Shape", "input_ids", name="short.tokens", start=1, end=2)
     limit = result.weight("short.limit", np.array([SHORT], np.int64))
     result.add("LessOrEqual", tokens, limit, name="short")
-    chosen = {id(node) for node in plain}
+    chosen, producers = {id(node) for node in plain}, graph.producers()
     for node in graph.nodes:
-        width = _width(graph, node.input[2]) if id(node) in chosen else 0
+        width = _width(graph, producers, node.input[2]) if id(node) in chosen else 0
         if width:
             flat = result.weight(f"short.{width}", np.array([0, 0, width], np.int64))
             node = _either(node, flat)
@@ -38,10 +39,9 @@ def attend_by_length(graph: Graph) -> Graph:
     return result
 
 
-def _width(graph: Graph, value: str) -> int:
+def _width(graph: Graph, producers: Mapping[str, onnx.NodeProto], value: str) -> int:
     """Dimensions of what a linear gives, rows moved or not; 0 if it isn't from one."""
-    makers = {output: node for node in graph.nodes for output in node.output}
-    while (node := makers.get(value)) and node.op_type in ("Reshape", "Gather"):
+    while (node := producers.get(value)) and node.op_type in ("Reshape", "Gather"):
         value = node.input[0]
     if node is None or node.op_type not in ("MatMulIntegerToFloat", "Gemm") or node.input[1] not in graph.weights:
         return 0

@@ -76,6 +76,10 @@ class Graph:
                 stream.write(_initializer(name, np.asarray(load(), order="C"), apart))
         return data if large else None
 
+    def producers(self) -> dict[str, onnx.NodeProto]:
+        """The node that gives each value."""
+        return {value: node for node in self.nodes for value in node.output}
+
     def consumers(self) -> dict[str, list[onnx.NodeProto]]:
         """The nodes that read each value."""
         readers: dict[str, list[onnx.NodeProto]] = {}

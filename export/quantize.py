@@ -7,7 +7,7 @@ their 8 bits as saturates nowhere: x86 CPUs without VNNI add the products of two
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -187,9 +187,12 @@ def quantize_graph(graph: Graph, quantized: Mapping[str, Quantized]) -> Graph:
 def fold_smoothing(graph: Graph, quantized: Mapping[str, Quantized]) -> dict[str, Quantized]:
     """Smooth what attention gives where its values are made, which costs nothing: it averages each channel of them."""
     makers = {linear.output: (value, linear) for value, given in quantized.items() for linear in given.linears}
+    producers, consumers = graph.producers(), graph.consumers()
+    kept = {output.name for output in graph.outputs}
+    alone = {value for value in producers if len(consumers.get(value, [])) <= 1 and value not in kept}
     folded = dict(quantized)
     for value, given in quantized.items():
-        smooth, source = given.scheme.smooth, _attended(graph, value)
+        smooth, source = given.scheme.smooth, _attended(producers, alone, value)
         if smooth is None or source not in makers:
             continue
         place, maker = makers[source]
@@ -200,13 +203,10 @@ def fold_smoothing(graph: Graph, quantized: Mapping[str, Quantized]) -> dict[str
     return folded
 
 
-def _attended(graph: Graph, value: str) -> str | None:
-    """Of what a ``MultiHeadAttention`` gives the values that it attends to, if nothing else reads either on the way."""
-    makers = {output: node for node in graph.nodes for output in node.output}
-    consumers = graph.consumers()
-    kept = {output.name for output in graph.outputs}
+def _attended(producers: Mapping[str, onnx.NodeProto], alone: Set[str], value: str) -> str | None:
+    """Of what a ``MultiHeadAttention`` gives the values that it attends to, if nothing else reads what lies between."""
     attended = False
-    while (node := makers.get(value)) and len(consumers.get(value, [])) <= 1 and value not in kept:
+    while (node := producers.get(value)) and value in alone:
         if node.op_type == "MultiHeadAttention" and not attended:
             attended, value = True, node.input[2]
         elif node.op_type in ("Reshape", "Gather"):  # which move rows: the channels of attention lie flat

@@ -230,7 +230,7 @@ class Model:
         Only int8 gets one: with two sessions it still has less than the memory of fp32 with one. It is of the very file
         that was loaded, or there is none: a folder that has changed since changes nothing.
         """
-        if self.variant != "int8" or self._on_gpu or self._threads == 1:
+        if self.variant != "int8" or self._threads == 1:
             return None
         if tokens > MAX_TOKENS_PER_RUN and not opened.tried:
             opened.tried = True  # at once, so that other threads don't open it too; they go on without it meanwhile

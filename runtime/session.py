@@ -194,8 +194,11 @@ def run_session(
         ArtifactError: The graph doesn't know a token id.
         RunError: ONNX Runtime failed, most often for want of memory.
     """
-    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    feeds["token_type_ids"] = np.zeros_like(ids) if token_types is None else token_types
+    taken, feeds = {entry.name for entry in session.get_inputs()}, {"input_ids": ids}
+    if "attention_mask" in taken:
+        feeds["attention_mask"] = np.ones_like(ids)
+    if "token_type_ids" in taken:
+        feeds["token_type_ids"] = np.zeros_like(ids) if token_types is None else token_types
     return run_feeds(session, outputs, feeds, f"{len(ids)} texts of {ids.shape[1]} tokens")
 
 

@@ -11,9 +11,6 @@ from numpy.typing import NDArray
 
 from benchmarks.worker import Job, Run
 
-MAX_TOKENS_PER_RUN, TOKENS_PER_THREAD = 2048, 512
-"""Our runtime's."""
-
 Infer = Callable[[dict[str, NDArray[np.int64]]], NDArray[np.float32]]
 """From ``input_ids``, ``attention_mask`` and ``token_type_ids``, each ``(n, tokens)``, to the graph's first output."""
 
@@ -32,6 +29,7 @@ def embedder(job: Job, infer: Infer) -> Run:
 def scheduled(job: Job, wide: Infer, narrow: Infer) -> Run:
     """Around such a graph in a session with all threads and one with a single thread, as our runtime schedules them."""
     from runtime.batching import plan_threads
+    from runtime.model import MAX_TOKENS_PER_RUN, TOKENS_PER_THREAD
 
     encode = tokenize(job)
 
