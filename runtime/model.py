@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -25,6 +25,7 @@ from runtime.metrics import Hook, ignore
 from runtime.packing import POOLED, Run, by_length, pack, plan_packed
 from runtime.session import (
     OPENING,
+    OutOfMemoryError,
     Session,
     choose_devices,
     create_session,
@@ -48,7 +49,7 @@ core's cache."""
 CUDA_TOKENS_PER_RUN = 16_384
 """What ``MAX_TOKENS_PER_RUN`` is on a GPU, where a run of few tokens takes as long as one of many."""
 IN_FLIGHT = 2
-"""Runs that a GPU is given at once, so that it goes on with one while the other's results are fetched."""
+"""Packed runs that a GPU is given at once, so that it goes on with one while the other's results are fetched."""
 AHEAD = (256, 4096)
 """Texts that are tokenised at once for a GPU, the first time and later, while it is busy with those before."""
 
@@ -81,14 +82,16 @@ class _Opened:
     Attributes:
         process: Its number.
         sessions: One for each device; on a CPU it gives each run all threads.
-        bulk: Gives each run one thread; None until there is bulk work, and where it can't be had.
-        tried: Whether opening ``bulk`` was tried.
+        narrow: Gives each run one thread; None until it is needed, and where it can't be had.
+        tried: Whether opening ``narrow`` was tried.
+        small: The calls of few tokens that are running.
     """
 
     process: int
     sessions: tuple[Session, ...]
-    bulk: Session | None = None
+    narrow: Session | None = None
     tried: bool = False
+    small: set[object] = field(default_factory=set)
 
 
 class Model:
@@ -136,6 +139,7 @@ class Model:
             ProviderError: The device can't be had.
         """
         self._folder, self._verify, self._limits, self._hook = Path(path), verify, limits, hook
+        self._turns = itertools.count()
         self.manifest = load_manifest(self._folder)
         if self.manifest.kind != self.KIND:
             raise ArtifactError(
@@ -146,7 +150,8 @@ class Model:
         tokenizer = check_file(self._folder, self.manifest, TOKENIZER, digest=verify)
         self._tokenizer = Tokenizer(tokenizer, self.max_length, hook, parallel=self._threads > 1)
         self._devices = choose_devices(device)
-        if device == "auto" and not _fitting(self.manifest, self._devices[0]):
+        wanted = {variant} & set(self.manifest.variants) or set(self.manifest.variants)
+        if device == "auto" and wanted.isdisjoint(_fitting(self.manifest, self._devices[0])):
             self._devices = ("cpu",)
         self._opened: _Opened | None
         try:
@@ -224,21 +229,21 @@ class Model:
             return self._opened_here()
         return opened
 
-    def _bulk_session(self, opened: _Opened, tokens: int) -> Session | None:
-        """The session with one thread a run, once a call had more tokens than a run has.
+    def _narrow_session(self, opened: _Opened, needed: bool) -> Session | None:
+        """The session with one thread a run, once it was needed.
 
         Only int8 gets one: with two sessions it still has less than the memory of fp32 with one. It is of the very file
         that was loaded, or there is none: a folder that has changed since changes nothing.
         """
         if self.variant != "int8" or self._threads == 1:
             return None
-        if tokens > MAX_TOKENS_PER_RUN and not opened.tried:
+        if needed and not opened.tried:
             opened.tried = True  # at once, so that other threads don't open it too; they go on without it meanwhile
             try:
-                opened.bulk = self._open("cpu", 1, verify=True)
+                opened.narrow = self._open("cpu", 1, verify=True)
             except ArtifactError as error:
                 logger.warning("bulk work is slower, as the artifact is no longer what was loaded: %s", error)
-        return opened.bulk
+        return opened.narrow
 
     def _run(self, outputs: Sequence[str], pieces: Iterable[Piece], tokens: int | None = None) -> Iterator[Run]:
         """Run texts: packed, or those of equal length together.
@@ -253,23 +258,31 @@ class Model:
             Of texts of equal length their places among all, their ids, int64 ``(n, tokens)``, and the outputs. Without
             outputs of tokens a packed run is yielded whole, and with no ids.
         """
-        opened = self._opened_here()
+        opened, call = self._opened_here(), object()
         work = functools.partial(self._run_batch, outputs)
         plans: Iterable[tuple[Sequence[Session], Iterable[Batch]]]
         if self._on_gpu:
-            plans = [(opened.sessions * IN_FLIGHT, self._gpu_batches(pieces, tokens))]
+            first = next(self._turns) % len(opened.sessions)  # or all single queries would go to one GPU
+            lanes = (*opened.sessions[first:], *opened.sessions[:first])
+            due = self._gpu_batches(pieces, tokens)
+            # Of graphs that aren't ours, operators may be upset by two runs at once.
+            plans = [(lanes * (IN_FLIGHT if self._packing else 1), list(due) if isinstance(pieces, list) else due)]
         else:
-            plans = itertools.chain.from_iterable(self._cpu_plans(opened, piece, tokens) for piece in pieces)
-        for lanes, batches in plans:
-            for runs, seconds, total in _side_by_side(work, batches, lanes):
-                self._hook("run_seconds", seconds)
-                self._hook("batches", 1)
-                self._hook("texts", sum(len(places) for places, _, _ in runs))
-                self._hook("tokens", total)
-                yield from runs
+            plans = itertools.chain.from_iterable(self._cpu_plans(opened, call, piece, tokens) for piece in pieces)
+        opened.small.add(call)
+        try:
+            for sessions, batches in plans:
+                for runs, seconds, total in _side_by_side(work, batches, sessions):
+                    self._hook("run_seconds", seconds)
+                    self._hook("batches", 1)
+                    self._hook("texts", sum(len(places) for places, _, _ in runs))
+                    self._hook("tokens", total)
+                    yield from runs
+        finally:
+            opened.small.discard(call)
 
     def _cpu_plans(
-        self, opened: _Opened, piece: Piece, tokens: int | None
+        self, opened: _Opened, call: object, piece: Piece, tokens: int | None
     ) -> Iterator[tuple[Sequence[Session], list[Batch]]]:
         """Batches, and the sessions that take them, each one at a time but as often as it is named."""
         places, lengths = _lengths(piece)
@@ -277,12 +290,20 @@ class Model:
         if self._packing:
             yield opened.sessions, _batches(piece, places, plan_packed(lengths, most))
             return
-        bulk = self._bulk_session(opened, int(lengths.sum()))
+        total = int(lengths.sum())
+        if total > TOKENS_PER_THREAD:
+            opened.small.discard(call)
+        # A run on all threads would wait at each operator for those of the other calls.
+        crowded = call in opened.small and len(opened.small) >= self._threads
+        narrow = self._narrow_session(opened, crowded or total > MAX_TOKENS_PER_RUN)
+        if narrow and crowded:
+            yield (narrow,), _batches(piece, places, plan_batches(lengths, most))
+            return
         most = min(most, TOKENS_PER_THREAD * self._threads)
-        wide, narrow = plan_threads(lengths, most, self._threads if bulk else 1)
-        yield opened.sessions, _batches(piece, places, wide)
-        if bulk:
-            yield (bulk,) * self._threads, _batches(piece, places, narrow)
+        on_all, on_one = plan_threads(lengths, most, self._threads if narrow else 1)
+        yield opened.sessions, _batches(piece, places, on_all)
+        if narrow:
+            yield (narrow,) * self._threads, _batches(piece, places, on_one)
 
     def _gpu_batches(self, pieces: Iterable[Piece], tokens: int | None) -> Iterator[Batch]:
         """Batches of a piece after the other, each planned when it is due."""
@@ -299,29 +320,48 @@ class Model:
         """
         places, rows, types = batch
         total, start = sum(map(len, rows)), time.perf_counter()
-        try:
-            if self._packing:
-                feeds = pack(rows, types, self._packing.padding_id)
-                self._check_known(feeds["input_ids"])
-                found = run_feeds(session, outputs, feeds, f"{len(rows)} texts of {total} tokens")
-                runs = by_length(outputs, found, places, rows)
-            else:
-                held = np.array(rows, np.int64)
-                self._check_known(held)
-                held_types = None if types is None else np.array(types, np.int64)
-                runs = [(places, held, run_session(session, outputs, held, held_types))]
-            return runs, time.perf_counter() - start, total
-        except RunError:
-            if len(places) == 1:
-                raise
-        self._tokens = max(min(self._tokens, total // 2), MAX_TOKENS_PER_RUN // 4)
-        say_once(f"{self._folder}: runs are halved, since one failed, most likely for want of memory")
-        middle = len(places) // 2
-        runs = []
-        for half in (slice(None, middle), slice(middle, None)):
-            part = places[half], rows[half], None if types is None else types[half]
-            runs += self._run_batch(outputs, session, part)[0]
+        runs: list[Run] | None = None
+        if len(places) == 1 or total <= self._tokens:  # which may have been halved since this was planned
+            try:
+                runs = self._run_whole(outputs, session, batch, total)
+            except OutOfMemoryError:
+                if len(places) == 1:
+                    raise
+                if total > self._tokens // 2:
+                    self._tokens = max(total // 2, MAX_TOKENS_PER_RUN // 4)
+                say_once(f"{self._folder}: runs are halved, since one lacked memory")
+        if runs is None:
+            middle = len(places) // 2
+            runs = []
+            for half in (slice(None, middle), slice(middle, None)):
+                part = places[half], rows[half], None if types is None else types[half]
+                runs += self._run_batch(outputs, session, part)[0]
         return runs, time.perf_counter() - start, total
+
+    def _run_whole(self, outputs: Sequence[str], session: Session, batch: Batch, total: int) -> list[Run] | None:
+        """Run a batch at once; None if its texts must run apart.
+
+        Raises:
+            OutOfMemoryError: It lacks memory.
+            RunError: It fails otherwise, or a text is beyond fp16's range.
+        """
+        places, rows, types = batch
+        if not self._packing:
+            held = np.array(rows, np.int64)
+            self._check_known(held)
+            held_types = None if types is None else np.array(types, np.int64)
+            return [(places, held, run_session(session, outputs, held, held_types))]
+        feeds = pack(rows, types, self._packing.padding_id)
+        self._check_known(feeds["input_ids"])
+        found = run_feeds(session, outputs, feeds, f"{len(rows)} texts of {total} tokens")
+        if not all(np.isfinite(values).all() for values in found):  # one text's in mean pooling are every text's
+            if len(places) > 1:
+                return None
+            raise RunError(
+                f"{self._folder}: text {places[0]} is beyond the range of {self.variant}; "
+                "pass variant='fp32' for it, or export the model without fp16"
+            )
+        return by_length(outputs, found, places, rows)
 
     def _check_known(self, ids: NDArray[Any]) -> None:
         """On a GPU, raise ``ArtifactError`` on a token id that the graph doesn't know; on a CPU its run does."""
@@ -332,7 +372,7 @@ class Model:
                 "the graph don't belong together, export the model again"
             )
 
-    def _ahead(self, items: Sequence[Given], encode: Callable[[Sequence[Given], int], Piece]) -> Iterator[Piece]:
+    def _ahead(self, items: Sequence[Given], encode: Callable[[Sequence[Given], int], Piece]) -> Iterable[Piece]:
         """Tokenise what there is; for a GPU piece by piece, the next while it is busy with the one before.
 
         Args:
@@ -341,16 +381,19 @@ class Model:
         """
         first, most = AHEAD
         if not self._on_gpu or len(items) <= first:
-            yield encode(items, 0)
-            return
-        starts = [0, *range(first, len(items), most)]
-        with ThreadPoolExecutor(1) as thread:
-            following = thread.submit(encode, items[:first], 0)
-            for end in [*starts[1:], len(items)]:
-                piece = following.result()
-                if end < len(items):
-                    following = thread.submit(encode, items[end : end + most], end)
-                yield piece
+            return [encode(items, 0)]
+
+        def pieces() -> Iterator[Piece]:
+            starts = [0, *range(first, len(items), most)]
+            with ThreadPoolExecutor(1) as thread:
+                following = thread.submit(encode, items[:first], 0)
+                for end in [*starts[1:], len(items)]:
+                    piece = following.result()
+                    if end < len(items):
+                        following = thread.submit(encode, items[end : end + most], end)
+                    yield piece
+
+        return pieces()
 
 
 def _lengths(piece: Piece) -> tuple[NDArray[np.intp], NDArray[np.intp]]:

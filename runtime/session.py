@@ -41,7 +41,7 @@ CGROUP = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 CUDA_OPTIONS = {
-    "enable_skip_layer_norm_strict_mode": "1",  # sums in float32; older onnxruntimes do in fp16 without it
+    "enable_skip_layer_norm_strict_mode": "1",  # sums in float32, as onnxruntime 1.28 and later always do
     "use_tf32": "0",  # fp32 means fp32
 }
 """Options of ONNX Runtime's CUDA provider."""
@@ -158,8 +158,8 @@ def _cuda_fails(device: str, cause: str) -> ProviderError:
     both = "; onnxruntime and onnxruntime-gpu are both installed, remove both first" if len(_installed()) == 2 else ""
     return ProviderError(
         f"device {device!r}: onnxruntime {onnxruntime.__version__} can't use it ({cause}); it needs an NVIDIA driver, "
-        f"CUDA {getattr(build, 'cuda_version', '')} and cuDNN 9: run pip install 'onnxruntime-gpu[cuda,cudnn]'{both}; "
-        "or pass device='cpu'"
+        f"CUDA {getattr(build, 'cuda_version', '')} and cuDNN 9: run pip install 'onnxruntime-gpu[cuda,cudnn]' "
+        f"(an older one for an older driver){both}; or pass device='cpu'"
     )
 
 
@@ -174,6 +174,10 @@ def _preload_cuda() -> str:
     with contextlib.redirect_stdout(io.StringIO()) as printed:  # it says what it misses in no other way
         onnxruntime.preload_dlls()
     return next(iter(printed.getvalue().splitlines()), "")
+
+
+class OutOfMemoryError(RunError):
+    """A run that lacked memory: fewer texts at once may succeed."""
 
 
 def run_session(
@@ -192,7 +196,7 @@ def run_session(
 
     Raises:
         ArtifactError: The graph doesn't know a token id.
-        RunError: ONNX Runtime failed, most often for want of memory.
+        RunError: ONNX Runtime failed; ``OutOfMemoryError``, for want of memory.
     """
     taken, feeds = {entry.name for entry in session.get_inputs()}, {"input_ids": ids}
     if "attention_mask" in taken:
@@ -216,20 +220,30 @@ def run_feeds(session: Session, outputs: Sequence[str], feeds: Mapping[str, NDAr
 
     Raises:
         ArtifactError: The graph doesn't know a token id.
-        RunError: ONNX Runtime failed, most often for want of memory.
+        RunError: ONNX Runtime failed; ``OutOfMemoryError``, for want of memory.
     """
     taken = {entry.name: feeds[entry.name] for entry in session.get_inputs()}
     try:
         held: list[Any] = session.run(list(outputs), taken)
     except Exception as error:  # onnxruntime's errors share no public base
-        cause = str(error).splitlines()[0][:300]
+        cause = _cause(error)
         if "out of data bounds" in cause:
             raise ArtifactError(
                 f"a token id up to {feeds['input_ids'].max()} is not in the graph's vocabulary ({cause}); "
                 "tokenizer.json and the graph don't belong together, export the model again"
             ) from None
-        raise RunError(f"onnxruntime failed on {what} ({cause}); free some memory or pass shorter texts") from None
+        failed = f"onnxruntime failed on {what} ({cause})"
+        if re.search("alloc|memory", cause, re.I):
+            raise OutOfMemoryError(f"{failed}; free some memory or pass shorter texts") from None
+        cure = "start the process anew" if "CUDA" in cause else "export the model again, or report it"
+        raise RunError(f"{failed}; {cure}") from None
     return held
+
+
+def _cause(error: Exception, path: str = "") -> str:
+    """An error's first line, without the path of the file that it is about."""
+    lines = str(error).replace(path, "") if path else str(error)
+    return (lines.strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def create_session(path: Path, device: str, threads: int) -> Session:
@@ -258,12 +272,13 @@ def create_session(path: Path, device: str, threads: int) -> Session:
         missing = _preload_cuda()
         if missing.startswith("no NVIDIA driver"):
             raise _cuda_fails(device, missing)
-        providers.insert(0, (PROVIDERS["cuda"], CUDA_OPTIONS | {"device_id": number}))
+        # Naming the first GPU, which is the default, makes onnxruntime 1.26 and later print a warning.
+        providers.insert(0, (PROVIDERS["cuda"], CUDA_OPTIONS | ({} if number == "0" else {"device_id": number})))
     try:
         with OPENING:
             session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's errors share no public base
-        cause = str(error).splitlines()[0][:300]
+        cause = _cause(error, str(path))
         if kind == "cuda" and re.search("cuda|cudnn|cublas|find kernel|find an implementation", cause, re.I):
             raise _cuda_fails(device, missing or cause) from None
         raise ArtifactError(

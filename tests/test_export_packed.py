@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import numpy as np
 import onnxruntime
@@ -25,7 +26,7 @@ from export.graph import load_graph
 from export.packed import on_any_provider
 from export.pipeline import build_fp16, export_model, find_encoder, write_stand_in
 from export.source import resolve_source
-from runtime import ArtifactError, Embedder, ProviderError, Reranker
+from runtime import ArtifactError, Embedder, ProviderError, Reranker, RunError
 from runtime.manifest import Packing
 from runtime.packing import pack
 
@@ -159,6 +160,70 @@ def test_a_vector_depends_on_no_other_text(stand_in, order, count):
     alone = np.array([stand_in.encode(text) for text in TEXTS])
     some = list(order[:count])
     np.testing.assert_allclose(stand_in.encode([TEXTS[i] for i in some]), alone[some], atol=1e-5)
+
+
+def test_single_queries_take_turns_on_all_gpus(on_a_gpu, monkeypatch):
+    def first_lane(work, items, lanes):
+        used.append(lanes[0])
+        return (work(lanes[0], item) for item in items)
+
+    used = []
+    monkeypatch.setattr("runtime.model._side_by_side", first_lane)
+    second = Embedder(on_a_gpu._folder, "fp16", "cpu")._opened.sessions
+    on_a_gpu._opened.sessions = on_a_gpu._opened.sessions[:1] + second
+    for _ in range(4):
+        on_a_gpu.encode("a text")
+    assert used == [*on_a_gpu._opened.sessions] * 2
+
+
+def test_a_query_alone_starts_no_thread(on_a_gpu, monkeypatch):
+    monkeypatch.setattr("runtime.model.ThreadPoolExecutor", None)
+    on_a_gpu.encode("a text")
+
+
+def test_a_text_beyond_fp16_is_an_error_that_names_it_and_no_others_trouble(bert, tmp_path):
+    """In mean pooling, which is a product, one text's infinity makes all vectors of its run NaN."""
+    shutil.copytree(bert[1], folder := tmp_path / "infinite")
+    graph = load_graph(bert[1] / "model.fp16.onnx")
+    words = graph.weights["embeddings.word"]().copy()
+    words[Embedder(bert[1], "fp16", "cpu")._tokenizer.encode(["zzz"])[0][1]] = np.inf
+    graph.weights["embeddings.word"] = lambda: words
+    graph.save(folder / "model.fp16.onnx")
+    embedder = Embedder(folder, "fp16", "cpu", verify=False)
+    assert np.isfinite(embedder.encode(TEXTS)).all()
+    with pytest.raises(RunError, match="text 4 is beyond the range of fp16; pass variant='fp32'"):
+        embedder.encode([*TEXTS[:4], "bread zzz", *TEXTS[4:]])
+
+
+def test_a_run_planned_before_the_limit_fell_is_split_without_being_tried(stand_in, monkeypatch):
+    rows = [[2, 5, 6, 3]] * 10
+    batch = (np.arange(10), rows, None)
+    whole = stand_in._run_batch(["sentence_embedding"], stand_in._opened.sessions[0], batch)[0]
+    monkeypatch.setattr(stand_in, "_tokens", 16)
+    parts = stand_in._run_batch(["sentence_embedding"], stand_in._opened.sessions[0], batch)[0]
+    assert len(whole) == 1
+    assert [len(run[0]) for run in parts] == [2, 3, 2, 3]
+    np.testing.assert_allclose(np.concatenate([run[2][0] for run in parts]), whole[0][2][0], atol=1e-6)
+
+
+def test_only_want_of_memory_halves_a_run(stand_in, monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        "runtime.model.pack",
+        lambda ids, *_: tried.append(len(ids)) or {name: np.zeros(3, np.float64) for name in pack([[1]])},
+    )
+    limit = stand_in._tokens
+    with pytest.raises(RunError, match=r"onnxruntime failed on 6 texts .* export the model again"):
+        stand_in.encode(TEXTS)
+    assert tried == [6]
+    assert stand_in._tokens == limit
+
+
+def test_auto_runs_a_variant_on_the_cpu_that_no_gpu_runs(tiny_artifact, monkeypatch):
+    monkeypatch.setattr("runtime.model.choose_devices", lambda device: ("cuda:0",))
+    assert Embedder(tiny_artifact, "int8").encode("a text").shape == (32,)
+    with pytest.raises(ArtifactError, match="its int8 doesn't run on cuda:0"):
+        Embedder(tiny_artifact, "int8", device="cuda")
 
 
 def test_texts_are_tokenised_ahead_and_come_back_in_order(on_a_gpu, monkeypatch):

@@ -63,9 +63,9 @@ def test_one_thread_and_too_few_texts_leave_it_as_it_was():
 def test_a_texts_vector_has_the_same_bits_in_bulk_and_alone(request, model, threads):
     embedder = Embedder(request.getfixturevalue(model), "int8", "cpu", threads)
     alone = np.array([embedder.encode(text) for text in TEXTS])
-    assert embedder._opened.bulk is None
+    assert embedder._opened.narrow is None
     np.testing.assert_array_equal(embedder.encode(TEXTS), alone)
-    assert embedder._opened.bulk is not None
+    assert embedder._opened.narrow is not None
     mixed = random.Random(0).sample(range(len(TEXTS)), k=120)
     np.testing.assert_array_equal(embedder.encode([TEXTS[i] for i in mixed]), alone[mixed])
 
@@ -75,14 +75,45 @@ def test_a_pairs_score_has_the_same_bits_in_bulk_and_alone(tiny_reranker):
     pairs = [("a river", text) for text in TEXTS]
     alone = [reranker.compute_score(pair) for pair in pairs]
     assert reranker.compute_score(pairs) == alone
-    assert reranker._opened.bulk is not None
+    assert reranker._opened.narrow is not None
 
 
 def test_only_int8_and_several_threads_take_a_second_session_and_only_for_bulk_work(tiny_artifact):
     for variant, threads, texts in (("fp32", 2, TEXTS), ("int8", 1, TEXTS), ("int8", 2, TEXTS[:20])):
         embedder = Embedder(tiny_artifact, variant, "cpu", threads)
         embedder.encode(texts)
-        assert embedder._opened.bulk is None
+        assert embedder._opened.narrow is None
+
+
+@pytest.mark.parametrize(("threads", "kept"), [(2, True), (3, False)])
+def test_as_many_small_calls_as_threads_run_on_one_each_with_the_same_bits(tiny_artifact, threads, kept):
+    """A hook is called while its call is running, so that a call from it is the second at once."""
+    alone = Embedder(tiny_artifact, "int8", "cpu", 1).encode(TEXTS)
+    found = []
+
+    def call_again(metric, value):
+        if metric == "run_seconds" and not found:
+            found.append(None)
+            found[:] = [embedder.encode(TEXTS[7])]
+
+    embedder = Embedder(tiny_artifact, "int8", "cpu", threads, hook=call_again)
+    np.testing.assert_array_equal(embedder.encode(TEXTS[5]), alone[5])
+    np.testing.assert_array_equal(found[0], alone[7])
+    assert (embedder._opened.narrow is not None) == kept
+    assert not embedder._opened.small
+
+
+def test_bulk_work_doesnt_crowd_a_query(tiny_artifact):
+    def call_again(metric, value):
+        if metric == "run_seconds":
+            crowd.append(len(embedder._opened.small))
+
+    crowd = []
+    embedder = Embedder(tiny_artifact, "int8", "cpu", 2, hook=call_again)
+    embedder.encode(TEXTS)
+    assert set(crowd) == {0}
+    embedder.encode(TEXTS[5])
+    assert crowd[-1] == 1
 
 
 def spoil(folder):

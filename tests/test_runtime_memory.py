@@ -37,7 +37,7 @@ def texts(count):
 WORDS, draw = "river stone light apple horse tower green table music bread".split(), random.Random(0)
 embedder = Embedder(sys.argv[1], sys.argv[2], device="cpu", threads=int(sys.argv[3]))
 embedder.encode("to the first vector")
-embedder._bulk_session(embedder._opened, sys.maxsize)
+embedder._narrow_session(embedder._opened, True)
 """
 BOUND = (
     SCRIPT
