@@ -54,7 +54,7 @@ test-long: install
 
 # In an environment of yours that has onnxruntime-gpu and torch with CUDA.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu tests/test_gpu.py
 
 lint: install
 	$(BIN)/ruff check .
