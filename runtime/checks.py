@@ -105,10 +105,10 @@ def check_iterable(texts: Iterable[Any]) -> Iterator[Any]:
     """An iterator over texts.
 
     Raises:
-        InputError: Not an iterable, or bytes.
+        InputError: Not an iterable, or bytes, a mapping or a set.
     """
     try:
-        if isinstance(texts, bytes):
+        if isinstance(texts, bytes | Mapping | set | frozenset):  # a set has no order
             raise TypeError
         return iter(texts)
     except TypeError:

@@ -5,7 +5,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,6 @@ class Embedder(Model):
     Attributes:
         manifest: What the export recorded about the model.
         variant: The variant that was loaded, such as ``int8``.
-        max_length: Tokens that are read of a text, special tokens included.
     """
 
     compute_lexical_matching_score = staticmethod(compute_lexical_matching_score)
@@ -78,7 +77,7 @@ class Embedder(Model):
         texts: str | Sequence[str],
         *,
         truncate: bool = True,
-        return_dense: bool = True,
+        return_dense: bool | None = None,
         return_sparse: bool = False,
         return_colbert_vecs: bool = False,
     ) -> dict[str, Any]: ...
@@ -90,7 +89,7 @@ class Embedder(Model):
         truncate_dim: int | None = None,
         truncate: bool = True,
         chunk: bool = False,
-        return_dense: bool = True,
+        return_dense: bool | None = None,
         return_sparse: bool = False,
         return_colbert_vecs: bool = False,
     ) -> Floats | dict[str, Any]:
@@ -104,14 +103,14 @@ class Embedder(Model):
             truncate: Cut texts beyond ``max_length`` (logged as a warning, visible with ``count_tokens``); False raises
                 instead.
             chunk: Read texts beyond ``max_length`` whole, in pieces whose dense vectors are averaged by their number of
-                tokens.
-            return_dense: Dense vectors.
+                tokens. A prompt stands before the first only.
+            return_dense: Dense vectors: by default, and by default they alone are no dict.
             return_sparse: Lexical weights, of a model that has them (BGE-M3, SPLADE).
             return_colbert_vecs: A vector per token, of a model that has them (BGE-M3).
 
         Returns:
-            Of dense vectors alone, float32 ``(dim,)`` for a str, ``(n, dim)`` for a list, ``(0, dim)`` for an empty
-            one; of unit length if the model normalises. Otherwise, as ``BGEM3FlagModel``, a dict of ``dense_vecs``,
+            Unless a ``return_…`` is given, float32 ``(dim,)`` for a str, ``(n, dim)`` for a list, ``(0, dim)`` for an
+            empty one; of unit length if the model normalises. Else, as of ``BGEM3FlagModel``, a dict of ``dense_vecs``,
             ``lexical_weights`` (for each text a dict from token id, as a str, to weight) and ``colbert_vecs`` (for each
             text float32 ``(tokens - 1, dim)``, all but the first token's); what wasn't asked for is None.
 
@@ -119,7 +118,8 @@ class Embedder(Model):
             InputError: Something that isn't a valid text, too long with ``truncate=False``, a bad ``truncate_dim``, or
                 an output that the model hasn't.
         """
-        if return_sparse or return_colbert_vecs or not return_dense:
+        if return_sparse or return_colbert_vecs or return_dense is not None:
+            return_dense = return_dense is None or return_dense
             if truncate_dim is not None or chunk:
                 raise InputError("truncate_dim and chunk are for dense vectors alone; encode twice, or leave them out")
             checked = check_texts(texts, limits=self._limits)
@@ -127,13 +127,13 @@ class Embedder(Model):
             return {
                 way: found[0] if found is not None and isinstance(texts, str) else found for way, found in ways.items()
             }
-        return self._encode(texts, "", truncate_dim, truncate, chunk)
+        return self._encode(texts, None, truncate_dim, truncate, chunk)
 
     def encode_queries(
         self, texts: str | Sequence[str], *, truncate_dim: int | None = None, truncate: bool = True
     ) -> Floats:
         """``encode`` with the model's query instruction before each text."""
-        return self._encode(texts, self.manifest.prompts.get("query", ""), truncate_dim, truncate)
+        return self._encode(texts, "query", truncate_dim, truncate)
 
     def encode_corpus(
         self,
@@ -144,7 +144,7 @@ class Embedder(Model):
         chunk: bool = False,
     ) -> Floats:
         """``encode`` with the model's passage prompt (mostly none) before each text."""
-        return self._encode(texts, self.manifest.prompts.get("passage", ""), truncate_dim, truncate, chunk)
+        return self._encode(texts, "passage", truncate_dim, truncate, chunk)
 
     encode_query = encode_queries
     """sentence-transformers' name."""
@@ -156,6 +156,7 @@ class Embedder(Model):
         texts: Iterable[str],
         *,
         chunk_size: int = 1024,
+        prompt_name: Literal["query", "passage"] | None = None,
         truncate_dim: int | None = None,
         truncate: bool = True,
     ) -> Iterator[Floats]:
@@ -164,6 +165,8 @@ class Embedder(Model):
         Args:
             texts: Texts, read ``chunk_size`` at a time.
             chunk_size: Texts that are held and grouped by length at once.
+            prompt_name: Which of the model's prompts goes before each text: ``passage`` is as ``encode_corpus``,
+                ``query`` as ``encode_queries``, none as ``encode``.
             truncate_dim: As in ``encode``.
             truncate: As in ``encode``.
 
@@ -171,17 +174,24 @@ class Embedder(Model):
             float32 ``(dim,)`` for each text, in the order of the input.
 
         Raises:
-            InputError: As ``encode``; or ``texts`` is a single str, or ``chunk_size`` is below 1.
+            InputError: As ``encode``; or ``texts`` is a single str, ``chunk_size`` is below 1, or there is no such
+                ``prompt_name``. What is wrong with a text is raised when it comes.
         """
         if isinstance(texts, str):
             raise InputError("encode_iter takes an iterable of texts, not one str; pass [text] or use encode")
+        if prompt_name not in (None, "query", "passage"):
+            raise InputError(f"prompt_name is {prompt_name!r}; pass 'query', 'passage' or None")
         chunk_size = check_count("chunk_size", chunk_size, sys.maxsize)
-        stream = check_iterable(texts)
-        limits = dataclasses.replace(self._limits, texts=None)
-        done = 0
-        while chunk := list(itertools.islice(stream, chunk_size)):
-            yield from self._embed(check_texts(chunk, done, limits), truncate_dim, truncate, first=done)
-            done += len(chunk)
+        stream, limits = check_iterable(texts), dataclasses.replace(self._limits, texts=None)
+
+        def vectors() -> Iterator[Floats]:
+            done = 0
+            while chunk := list(itertools.islice(stream, chunk_size)):
+                checked = self._prompted(prompt_name, check_texts(chunk, done, limits))
+                yield from self._embed(checked, truncate_dim, truncate, first=done)
+                done += len(chunk)
+
+        return vectors()
 
     async def aencode(
         self, texts: str | Sequence[str], *, truncate_dim: int | None = None, truncate: bool = True
@@ -191,19 +201,19 @@ class Embedder(Model):
         The vectors are those of ``encode``. At most 1,024 calls are queued, further ones wait for room;
         bound the wait with ``asyncio.timeout``. For other outputs, use ``asyncio.to_thread(embedder.encode, …)``.
         """
-        return await self._aencode(texts, "", truncate_dim, truncate)
+        return await self._aencode(texts, None, truncate_dim, truncate)
 
     async def aencode_queries(
         self, texts: str | Sequence[str], *, truncate_dim: int | None = None, truncate: bool = True
     ) -> Floats:
         """``aencode`` with the model's query instruction before each text."""
-        return await self._aencode(texts, self.manifest.prompts.get("query", ""), truncate_dim, truncate)
+        return await self._aencode(texts, "query", truncate_dim, truncate)
 
     async def aencode_corpus(
         self, texts: str | Sequence[str], *, truncate_dim: int | None = None, truncate: bool = True
     ) -> Floats:
         """``aencode`` with the model's passage prompt (mostly none) before each text."""
-        return await self._aencode(texts, self.manifest.prompts.get("passage", ""), truncate_dim, truncate)
+        return await self._aencode(texts, "passage", truncate_dim, truncate)
 
     def compute_score(
         self,
@@ -249,6 +259,8 @@ class Embedder(Model):
     def count_tokens(self, texts: str | Sequence[str]) -> int | list[int]:
         """Tokens of a text (int) or of each of several (list), special tokens included, before any truncation.
 
+        Of the text as it is: what a prompt has comes on top.
+
         Raises:
             InputError: Something that isn't a valid text.
         """
@@ -256,21 +268,31 @@ class Embedder(Model):
         return counts[0] if isinstance(texts, str) else counts
 
     def _encode(
-        self, texts: str | Sequence[str], prompt: str, truncate_dim: int | None, truncate: bool, chunk: bool = False
+        self,
+        texts: str | Sequence[str],
+        prompt_name: str | None,
+        truncate_dim: int | None,
+        truncate: bool,
+        chunk: bool = False,
     ) -> Floats:
         """Dense vectors of one text or several."""
-        checked = [prompt + text for text in check_texts(texts, limits=self._limits)]
+        checked = self._prompted(prompt_name, check_texts(texts, limits=self._limits))
         vectors = self._embed(checked, truncate_dim, truncate, chunk)
         return vectors[0] if isinstance(texts, str) else vectors
 
     async def _aencode(
-        self, texts: str | Sequence[str], prompt: str, truncate_dim: int | None, truncate: bool
+        self, texts: str | Sequence[str], prompt_name: str | None, truncate_dim: int | None, truncate: bool
     ) -> Floats:
         """``_encode``, together with what else is called meanwhile."""
-        checked = [prompt + text for text in check_texts(texts, limits=self._limits)]
+        checked = self._prompted(prompt_name, check_texts(texts, limits=self._limits))
         dim = None if truncate_dim is None else check_count("truncate_dim", truncate_dim, self.dim)
         found = await self._together(checked, truncate_dim=dim, truncate=bool(truncate))
         return found[0] if isinstance(texts, str) else found
+
+    def _prompted(self, prompt_name: str | None, texts: Sequence[str]) -> Sequence[str]:
+        """Texts with the model's prompt of that name before each, if it has one."""
+        prompt = self.manifest.prompts.get(prompt_name, "") if prompt_name else ""
+        return [prompt + text for text in texts] if prompt else texts
 
     def _embed(
         self,
@@ -333,7 +355,9 @@ class Embedder(Model):
             raise InputError("nothing to return; pass return_dense, return_sparse or return_colbert_vecs")
         ids = self._tokenizer.encode(texts, truncate)
         tokens = VOCABULARY_TOKENS_PER_RUN if "vocabulary_weights" in outputs.values() else None
-        results: dict[str, Any] = {way: [None] * len(ids) if wanted else None for way, wanted in asked.items()}
+        # What a text without tokens has; only tokenizers without special tokens give such.
+        nothing = {"dense_vecs": np.zeros(self.dim), "lexical_weights": {}, "colbert_vecs": np.zeros((0, self.dim))}
+        results: dict[str, Any] = {way: [nothing[way]] * len(ids) if wanted else None for way, wanted in asked.items()}
         for places, rows, found in self._run(list(outputs.values()), [Piece(ids)], tokens):
             for (way, output), values in zip(outputs.items(), found, strict=True):
                 for i, value in zip(places, self._finish(output, rows, values), strict=True):
@@ -345,14 +369,14 @@ class Embedder(Model):
     def _finish(self, output: str, ids: NDArray[np.int64], values: Floats) -> Sequence[Any]:
         """What a text gets of an output of the graph, for each text of a batch."""
         match output:
-            case "last_hidden_state" | "sentence_embedding":
-                return list(self._pool(values))
             case "token_weights":
                 return token_lexical_weights(ids, values, self.manifest.skipped_ids)
             case "vocabulary_weights":
                 return vocabulary_lexical_weights(values)
-            case _:
+            case "token_vectors":
                 return colbert_vectors(values)
+            case _:  # last_hidden_state, or POOLED of it
+                return list(self._pool(values))
 
     def _output(self, way: str) -> str:
         """The output of the graph that a representation comes from.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.errors import BgeOnnxError
 from runtime.pooling import Floats, normalize
 
 if TYPE_CHECKING:
@@ -50,8 +51,11 @@ def sparse_arrays(weights: LexicalWeights) -> tuple[NDArray[np.int64], Floats]:
 
 
 def sparse_matrix(weights: Sequence[LexicalWeights], vocabulary: int) -> "scipy.sparse.csr_array":
-    """The texts' weights as float32 ``(n, vocabulary)``, by scipy, which has to be installed for it."""
-    import scipy.sparse
+    """The texts' weights as float32 ``(n, vocabulary)``, by scipy; ``BgeOnnxError`` if it isn't installed."""
+    try:
+        import scipy.sparse
+    except ImportError:
+        raise BgeOnnxError("sparse_matrix needs scipy; run: pip install scipy, or use sparse_arrays") from None
 
     rows = [sparse_arrays(row) for row in weights]
     starts = np.cumsum([0, *(len(indices) for indices, _ in rows)])

@@ -214,7 +214,9 @@ def check_file(folder: Path, manifest: Manifest, name: str, digest: bool = True)
     path, expected = folder / name, manifest.files[name]
     try:
         if not path.resolve(strict=True).is_relative_to(folder.resolve()) or not path.is_file():
-            raise ArtifactError(f"{path}: is not a file of the folder; copy the artifact whole, or export it again")
+            raise ArtifactError(
+                f"{path}: is not a file of the folder; copy the artifact whole (snapshot_download needs local_dir)"
+            )
         size = path.stat().st_size
         found = describe_file(path) if digest and size == expected.size else None
     except (OSError, RuntimeError) as error:  # until Python 3.13, links in a circle are a RuntimeError

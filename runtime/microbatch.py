@@ -78,7 +78,8 @@ class _Queue(Generic[Item]):
             if len(self._calls) == QUEUED:  # with cancelled ones, or there would be no room
                 self._calls = deque(other for other in self._calls if not other.answer.cancelled())
             self._calls.append(call)
-            if self._worker is None:  # it ends when there is nothing left, so that a closing loop finds no task of ours
+            # It ends when there is nothing left, so that a closing loop finds no task of ours.
+            if self._worker is None or self._worker.done():
                 self._worker = asyncio.create_task(self._work())
             rows, began = await call.answer
         self._hook("queue_seconds", began - since)
@@ -116,9 +117,9 @@ class _Queue(Generic[Item]):
         except asyncio.CancelledError:
             raise
         except BaseException as error:  # a panic of tokenizers' Rust code is no Exception
-            if len(calls) > 1:  # so that one caller's mistake is nobody else's
-                for call in calls:
-                    await self._serve([call])
+            if middle := len(calls) // 2:  # so that one caller's mistake is nobody else's
+                await self._serve(calls[:middle])
+                await self._serve(calls[middle:])
             elif not calls[0].answer.cancelled():
                 calls[0].answer.set_exception(error)
             return

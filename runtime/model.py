@@ -50,8 +50,10 @@ CUDA_TOKENS_PER_RUN = 16_384
 """What ``MAX_TOKENS_PER_RUN`` is on a GPU, where a run of few tokens takes as long as one of many."""
 IN_FLIGHT = 2
 """Packed runs that a GPU is given at once, so that it goes on with one while the other's results are fetched."""
-AHEAD = (256, 4096)
-"""Texts that are tokenised at once for a GPU, the first time and later, while it is busy with those before."""
+PIECE = 4096
+"""Texts that are tokenised at once: their ids take ten times the memory of their vectors."""
+AHEAD = (256, PIECE)
+"""The same for a GPU, the first time and later, while it is busy with those before."""
 
 PREFERENCE = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32")}
 """What ``variant="auto"`` takes, first to last. Each has proven its parity at export, fp16 at least in fp32."""
@@ -103,7 +105,6 @@ class Model:
     Attributes:
         manifest: What the export recorded about the model.
         variant: The variant that was loaded, such as ``int8``.
-        max_length: Tokens that are read of a text, or of a pair together, special tokens included.
     """
 
     KIND: ClassVar[Kind]
@@ -115,6 +116,7 @@ class Model:
         device: str | Sequence[str] = "auto",
         threads: int | None = None,
         *,
+        max_length: int | None = None,
         verify: bool = True,
         limits: Limits = NO_LIMITS,
         hook: Hook = ignore,
@@ -128,6 +130,8 @@ class Model:
                 first GPU where there is one, else the CPU.
             threads: CPU threads for a run; by default all that the process may use. With 1, for many processes,
                 texts are tokenised on one too.
+            max_length: Read no more tokens of a text, or of a pair together; by default as many as the model was made
+                for (FlagEmbedding reads 512 of a pair).
             verify: Check the SHA-256 of every file that is loaded. False is for a service that starts often, from a
                 folder that ``verify_artifact`` has checked since it was last written to.
             limits: What a call may ask for.
@@ -135,7 +139,7 @@ class Model:
 
         Raises:
             ArtifactError: The folder is not a whole, unaltered artifact of the kind, or lacks the variant.
-            InputError: ``threads`` is no sensible number.
+            InputError: ``threads`` or ``max_length`` is no sensible number.
             ProviderError: The device can't be had.
         """
         self._folder, self._verify, self._limits, self._hook = Path(path), verify, limits, hook
@@ -146,9 +150,10 @@ class Model:
                 f"{path}: is of kind {self.manifest.kind}, not {self.KIND}; open it with {self.manifest.kind.title()}"
             )
         self._threads = usable_cpus() if threads is None else check_count("threads", threads, MAX_THREADS)
-        self.max_length = self.manifest.max_length
+        longest = self.manifest.max_length
+        length = longest if max_length is None else check_count("max_length", max_length, longest)
         tokenizer = check_file(self._folder, self.manifest, TOKENIZER, digest=verify)
-        self._tokenizer = Tokenizer(tokenizer, self.max_length, hook, parallel=self._threads > 1)
+        self._tokenizer = Tokenizer(tokenizer, length, hook, parallel=self._threads > 1)
         self._devices = choose_devices(device)
         wanted = {variant} & set(self.manifest.variants) or set(self.manifest.variants)
         if device == "auto" and wanted.isdisjoint(_fitting(self.manifest, self._devices[0])):
@@ -168,6 +173,11 @@ class Model:
         self.variant = _choose_variant(self._folder, self.manifest, variant, self._devices[0])
         self._tokens = CUDA_TOKENS_PER_RUN if self._on_gpu else MAX_TOKENS_PER_RUN
         self._opened = self._open_all(self._verify)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that are read of a text, or of a pair together, special tokens included."""
+        return self._tokenizer.max_length
 
     @property
     def _on_gpu(self) -> bool:
@@ -324,9 +334,9 @@ class Model:
         if len(places) == 1 or total <= self._tokens:  # which may have been halved since this was planned
             try:
                 runs = self._run_whole(outputs, session, batch, total)
-            except OutOfMemoryError:
+            except (OutOfMemoryError, MemoryError) as error:
                 if len(places) == 1:
-                    raise
+                    raise OutOfMemoryError(str(error) or f"no memory for {total} tokens; free some") from None
                 if total > self._tokens // 2:
                     self._tokens = max(total // 2, MAX_TOKENS_PER_RUN // 4)
                 say_once(f"{self._folder}: runs are halved, since one lacked memory")
@@ -373,15 +383,17 @@ class Model:
             )
 
     def _ahead(self, items: Sequence[Given], encode: Callable[[Sequence[Given], int], Piece]) -> Iterable[Piece]:
-        """Tokenise what there is; for a GPU piece by piece, the next while it is busy with the one before.
+        """Tokenise what there is, a lot of it piece by piece; for a GPU, the next while it is busy with the one before.
 
         Args:
             items: Texts or pairs.
             encode: Tokenises some of them, of which the first has this place.
         """
-        first, most = AHEAD
-        if not self._on_gpu or len(items) <= first:
+        first, most = AHEAD if self._on_gpu else (PIECE, PIECE)
+        if len(items) <= first:
             return [encode(items, 0)]
+        if not self._on_gpu:
+            return (encode(items[start : start + most], start) for start in range(0, len(items), most))
 
         def pieces() -> Iterator[Piece]:
             starts = [0, *range(first, len(items), most)]

@@ -21,7 +21,6 @@ class Reranker(Model):
     Attributes:
         manifest: What the export recorded about the model.
         variant: The variant that was loaded, such as ``int8``.
-        max_length: Tokens that are read of a query and passage together, special tokens included.
     """
 
     KIND = "reranker"
@@ -100,8 +99,8 @@ class Reranker(Model):
         return check_pairs(pairs, self._limits)[0]
 
     def _logits(self, pairs: Sequence[tuple[str, str]], truncate: bool = True, first: int = 0) -> NDArray[np.float32]:
-        """Raw logits, float32 ``(n,)``."""
-        logits = np.empty(len(pairs), np.float32)
+        """Raw logits, float32 ``(n,)``; 0 of a pair without tokens (if its tokenizer has no special ones)."""
+        logits = np.zeros(len(pairs), np.float32)
 
         def encode(some: Sequence[tuple[str, str]], start: int) -> Piece:
             encoded = self._tokenizer.encode_pairs(some, truncate, first + start)

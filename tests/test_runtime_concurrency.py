@@ -463,6 +463,24 @@ def test_one_callers_mistake_is_nobody_elses(embedder, alone, text, dim, says):
     np.testing.assert_array_equal(found, [alone["", good, None] for good in TEXTS])
 
 
+def test_a_mistake_among_many_calls_takes_few_runs_to_find():
+    def work(items, first):
+        tried.append(len(items))
+        if 77 in items:
+            raise InputError("77")
+        return np.array([[float(item)] for item in items])
+
+    async def main():
+        return await asyncio.gather(*(batcher([i]) for i in range(200)), return_exceptions=True)
+
+    tried = []
+    batcher = MicroBatcher(work, lambda *_: None)
+    found = run(main())
+    assert isinstance(found.pop(77), InputError)
+    assert np.ravel(found).tolist() == [i for i in range(200) if i != 77]
+    assert len(tried) < 20
+
+
 def test_loops_in_several_threads_share_a_model(prompted, alone):
     """Each thread with one loop after another, from the first call on."""
     embedder = Embedder(prompted, device="cpu")

@@ -270,9 +270,61 @@ def test_encode_iter_refuses_bad_options(tiny, options):
         list(tiny.encode_iter(["a"], **options))
 
 
-def test_encode_iter_refuses_a_single_text(tiny):
-    with pytest.raises(InputError, match="not one str"):
-        list(tiny.encode_iter("a text"))
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ("a text", {}, "not one str"),
+        ([], {"chunk_size": 0}, "chunk_size is 0"),
+        ([], {"prompt_name": "corpus"}, "prompt_name is 'corpus'; pass 'query', 'passage' or None"),
+    ],
+)
+def test_encode_iter_refuses_what_makes_no_sense_at_once(tiny, texts, options, message):
+    with pytest.raises(InputError, match=message):
+        tiny.encode_iter(texts, **options)
+
+
+def test_encode_iter_puts_the_prompt_that_is_named_before_each_text(tiny_artifact, edited):
+    prompts = {"query": "find: ", "passage": "text: "}
+    embedder = Embedder(edited(tiny_artifact, lambda data: data.update(prompts=prompts)), "fp32")
+    for name, same in (
+        ("query", embedder.encode_queries),
+        ("passage", embedder.encode_corpus),
+        (None, embedder.encode),
+    ):
+        np.testing.assert_array_equal(list(embedder.encode_iter(TEXTS, chunk_size=3, prompt_name=name)), same(TEXTS))
+
+
+@pytest.mark.parametrize("texts", [{"a": "text"}, {"a text"}, frozenset(["a text"])])
+def test_what_has_no_order_is_no_list_of_texts(tiny, texts):
+    with pytest.raises(InputError, match="pass a str or a list of str"):
+        tiny.encode(texts)
+    assert tiny.encode({"a": 1, "b": 2}.keys()).shape == (2, 32)
+
+
+def test_a_shorter_max_length_can_be_chosen_but_no_longer_one(tiny_artifact):
+    short, whole = Embedder(tiny_artifact, "fp32", max_length=8), Embedder(tiny_artifact, "fp32")
+    assert (short.max_length, whole.max_length) == (8, 64)
+    np.testing.assert_array_equal(short.encode("a " * 50), whole.encode("a " * 6))
+    with pytest.raises(InputError, match="text 0 has 52 tokens where the model takes 8"):
+        short.encode("a " * 50, truncate=False)
+    for wrong in (0, 65, 7.5):
+        with pytest.raises(InputError, match=f"max_length is {wrong}; it must be a whole number from 1 to 64"):
+            Embedder(tiny_artifact, "fp32", max_length=wrong)
+    with pytest.raises(AttributeError):
+        whole.max_length = 8
+
+
+def test_many_texts_are_tokenised_piece_by_piece(tiny, monkeypatch):
+    """So that their ids, which take more memory than their vectors, are never all there."""
+    expected = tiny.encode(TEXTS)
+    monkeypatch.setattr("runtime.model.PIECE", 2)
+    held, encode = [], tiny._tokenizer.encode
+    monkeypatch.setattr(tiny._tokenizer, "encode", lambda texts, *rest: held.append(len(texts)) or encode(texts, *rest))
+    np.testing.assert_array_equal(tiny.encode(TEXTS), expected)
+    assert max(held) == 2
+    assert sum(held) == len(TEXTS)
+    with pytest.raises(InputError, match="^text 5 has a lone surrogate"):
+        tiny.encode([*"abcde", "\ud800"])
 
 
 @pytest.mark.parametrize("dim", [1, 8, 32])

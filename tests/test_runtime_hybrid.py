@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from runtime import (
+    BgeOnnxError,
     Embedder,
     InputError,
     colbert_score,
@@ -297,3 +299,27 @@ def test_a_text_too_long_is_refused_on_request_and_cut_otherwise(fp32):
     with pytest.raises(InputError, match="^text 1 has [0-9]+ tokens where the model takes 64"):
         fp32.encode(["a", long], return_sparse=True, truncate=False)
     assert fp32.encode(long, return_dense=False, return_colbert_vecs=True)["colbert_vecs"].shape == (63, 32)
+
+
+def test_dense_vectors_that_are_asked_for_come_in_a_dict(fp32):
+    """As ``BGEM3FlagModel``'s do; those that weren't come as ``FlagModel``'s."""
+    found = fp32.encode(["a river", "bread"], return_dense=True)
+    assert list(found) == ["dense_vecs", "lexical_weights", "colbert_vecs"]
+    np.testing.assert_array_equal(found["dense_vecs"], fp32.encode(["a river", "bread"]))
+    assert found["lexical_weights"] is found["colbert_vecs"] is None
+
+
+def test_a_text_without_tokens_has_nothing_of_each_representation(fp32, monkeypatch):
+    """Only tokenizers without special tokens give such."""
+    monkeypatch.setattr(fp32._tokenizer, "encode", lambda texts, truncate: [[], [0, 5, 2]])
+    found = fp32.encode(["", "a"], return_dense=True, return_sparse=True, return_colbert_vecs=True)
+    assert not found["dense_vecs"][0].any()
+    assert found["dense_vecs"][1].any()
+    assert found["lexical_weights"][0] == {}
+    assert found["colbert_vecs"][0].shape == (0, 32)
+
+
+def test_scipy_that_is_missing_is_an_error_with_the_cure(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
+    with pytest.raises(BgeOnnxError, match="pip install scipy"):
+        sparse_matrix([], 10)
