@@ -41,7 +41,7 @@ class Column:
     figure: str
     show: Show
     settings: dict[str, Any] = field(default_factory=dict)
-    """Those that pick a result; it may have more."""
+    """Those that pick a result, None for one that it must not have; it may have others."""
 
     def of(self, results: Iterable[Result], model: str, engine: str, variant: str) -> Figure | None:
         """The figure of an engine, if that was measured."""
@@ -51,7 +51,7 @@ class Column:
                 model,
                 engine,
                 variant,
-            ) and self.settings.items() <= result.settings.items():
+            ) and all(result.settings.get(name) == value for name, value in self.settings.items()):
                 return result.figures.get(self.figure)
         return None
 
@@ -272,10 +272,15 @@ def _headline(results: Sequence[Result]) -> list[Column]:
 
 
 def _speed(results: Sequence[Result]) -> list[Column]:
-    callers = sorted({r.settings["callers"] for r in results if r.benchmark == "latency"})
     latencies = [
-        Column("one query" if n == 1 else f"of {n} callers at once", "latency", "ratio", spread, {"callers": n})
-        for n in callers
+        Column(
+            "one query" if n == 1 else f"{n} callers, {compared}" if compared else f"of {n} callers at once",
+            "latency",
+            "ratio",
+            spread,
+            {"callers": n, "compared": compared},
+        )
+        for n, compared in _callers(results)
     ]
     return [*_bulk(results, "ratio"), *latencies, Column("cold start", "cold", "ratio", spread)]
 
@@ -303,12 +308,17 @@ def _cost(results: Sequence[Result]) -> list[Column]:
 
 
 def _latency(results: Sequence[Result]) -> list[Column]:
-    callers = sorted({r.settings["callers"] for r in results if r.benchmark == "latency"})
     return [
-        Column(f"{n}: {name.removesuffix(' ms')}", "latency", name, median, {"callers": n})
-        for n in callers
+        Column(f"{n}: {name.removesuffix(' ms')}", "latency", name, median, {"callers": n, "compared": compared})
+        for n, compared in _callers(results)
         for name in ("p50 ms", "p95 ms", "p99 ms", "queries/s")
     ]
+
+
+def _callers(results: Sequence[Result]) -> list[tuple[int, str | None]]:
+    """How many asked at once, and what they are compared by: medians where nothing is named."""
+    found = {(r.settings["callers"], r.settings.get("compared")) for r in results if r.benchmark == "latency"}
+    return sorted(found, key=lambda held: (held[0], held[1] or ""))
 
 
 def _growth(results: Sequence[Result], by: str) -> list[Column]:

@@ -1,12 +1,14 @@
 """What the benchmarks read, keep and report: malformed data is named, nothing measured is lost, the README is true."""
 
 import dataclasses
+import itertools
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import client
+from benchmarks import client, worker
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
 from benchmarks.data import read_beir, read_sts, sample_texts
@@ -183,6 +185,44 @@ def test_compare_fails_on_a_regression_alone(tmp_path, capsys, new, code):
 def test_the_readmes_figures_are_those_of_the_results_file():
     results = newest_results(RESULTS)
     assert readme_section(ROOT / "README.md") == section(results, RESULTS.relative_to(ROOT).as_posix())
+
+
+def test_each_caller_asks_again_at_once_and_no_waiting_is_left_out(monkeypatch):
+    """By a clock that ticks when it is read: once after each call, so that nothing lies between two of them."""
+    together, shares, inputs = threading.Barrier(4, timeout=30), {}, list(range(12))
+
+    def run(texts, batch):
+        together.wait()
+        shares.setdefault(threading.get_ident(), []).extend(texts)
+
+    worker.latency(run, inputs, 4)
+    assert sorted(shares.values()) == [inputs[first::4] for first in range(4)]
+    ticks = itertools.count()
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert worker.latency(lambda texts, batch: None, inputs, 1) == {"times": [1] * 12, "seconds": 13}
+
+
+def test_of_several_callers_what_counts_is_how_many_queries_are_answered(tiny_artifact, tmp_path):
+    journal = Journal(tmp_path / "results.jsonl")
+    profile = dataclasses.replace(SMALL, bulk=(), callers=(1, 3), rounds=1, each=2)
+    subject = open_subject(tiny_artifact)
+    measure_speed(
+        Bench(subject=subject, jobs=plan_jobs(subject, "ours:fp32", threads=1), profile=profile, journal=journal)
+    )
+    one, three = (r for r in journal.results if r.benchmark == "latency")
+    assert one.figures["seconds"].median == pytest.approx(one.figures["p50 ms"].median / 1000, rel=1e-4)
+    assert three.figures["seconds"].median == pytest.approx(1 / three.figures["queries/s"].median, rel=1e-4)
+
+
+def test_what_several_callers_are_compared_by_is_never_mixed():
+    machine = {"cpu": "a", "cores": 2, "instructions": [], "memory_gb": 1, "system": "b"}
+    old = result(24.0, benchmark="latency", settings={"callers": 16}, machine=machine)
+    new = result(11.0, benchmark="latency", settings={"callers": 16, "compared": "queries/s"}, machine=machine)
+    assert not compare([old], [new])
+    other = dataclasses.replace(old, model="other")
+    table = section([new, other], "full.jsonl")
+    assert "|  | 16 callers, queries/s |\n| --- | --: |\n| **bge-onnx** int8 | 11.0 |" in table
+    assert "|  | of 16 callers at once |\n| --- | --: |\n| **bge-onnx** int8 | 24.0 |" in table
 
 
 def test_updating_a_readme_touches_nothing_but_its_section(tmp_path):
