@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "int8":
             mode.add_argument("--no-quality", action="store_true", help="speed alone, as for random weights")
         if name in ("all", "speed", "int8"):
-            mode.add_argument("--starts", type=int, metavar="N", help="how often engines are started (default: 2)")
+            mode.add_argument("--starts", type=int, metavar="N", help="how often engines are started (default: 2 or 3)")
         mode.add_argument("--threads", type=int, default=usable_cpus(), help="of every engine (default: all)")
         mode.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         mode.add_argument("--profile", choices=PROFILES, default="quick", help="how much is measured (default: quick)")

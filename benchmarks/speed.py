@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,10 @@ class Profile:
     rounds: int
     """How often the engines take turns after each start."""
     bulk: tuple[tuple[Any, ...], ...]
-    """Kinds of texts, one of ``LENGTHS`` or ``documents``, how many, in which order, and perhaps a batch's size."""
+    """Kinds of texts, one of ``LENGTHS`` or ``documents``, how many, in which order, and perhaps a batch's size.
+
+    More than a batch where lengths differ, since some engines sort.
+    """
     callers: tuple[int, ...]
     """How many ask at once, in the order of measuring."""
     queries: int
@@ -58,9 +62,9 @@ class Profile:
 
 PROFILES = {
     "quick": Profile(
-        starts=2,
-        rounds=3,
-        bulk=(("short", 128, AS_IT_COMES), ("medium", 32, AS_IT_COMES), ("long", 12, AS_IT_COMES)),
+        starts=3,
+        rounds=2,
+        bulk=(("short", 128, AS_IT_COMES), ("medium", 128, AS_IT_COMES), ("long", 12, AS_IT_COMES)),
         callers=(1, 16),
         queries=48,
         each=6,
@@ -70,15 +74,10 @@ PROFILES = {
     "full": Profile(
         starts=2,
         rounds=3,
-        bulk=(
-            ("short", 192, AS_IT_COMES),
-            ("medium", 64, AS_IT_COMES),
-            ("medium", 64, SORTED),
-            ("long", 16, AS_IT_COMES),
-        ),
-        callers=(1, 4, 16),
+        bulk=(("short", 128, AS_IT_COMES), ("medium", 96, AS_IT_COMES), ("long", 16, AS_IT_COMES)),
+        callers=(1, 16),
         queries=48,
-        indexed=20_000,
+        indexed=10_000,
         reranked=25,
         growth=True,
     ),
@@ -129,7 +128,9 @@ class Load:
     settings: dict[str, Any]
     measure: Measure
     once: bool = False
-    """Whether it can be measured only once a start, with nothing to warm up."""
+    """Whether it can be measured only once a start."""
+    warm: bool = False
+    """Whether no round has to go before that only warms up."""
 
 
 def measure_speed(bench: Bench) -> None:
@@ -162,7 +163,7 @@ def _growth(bench: Bench) -> None:
     threads = bench.jobs[0].threads
     loads = [grow("words", words, _inputs(bench, (words, words), max(BATCH, 1024 // words))) for words in WORDS]
     loads += [grow("batch", batch, medium, batch) for batch in (1, 8, 32)]
-    loads += [grow("texts", count, _inputs(bench, "short", count)) for count in (32, 128, 512)]
+    loads += [grow("texts", count, _inputs(bench, "short", count)) for count in (32, 128, 256)]
     _take_turns(bench, [*loads, grow("threads", threads, medium)])
     while threads := threads // 2:
         fewer = dataclasses.replace(bench, jobs=[dataclasses.replace(job, threads=threads) for job in bench.jobs])
@@ -198,7 +199,9 @@ def _bulk(
 def _latency(bench: Bench, callers: int) -> Load:
     """Short texts one by one; what counts is a single caller's median, or how many queries several get answered."""
     several = callers > 1
-    inputs = _inputs(bench, "short", bench.profile.each * callers if several else bench.profile.queries)
+    inputs = _inputs(bench, "short", bench.profile.queries)
+    if several:  # the same ones, which a single caller has warmed up
+        inputs = list(islice(cycle(inputs), bench.profile.each * callers))
 
     def measure(worker: Worker) -> Sample:
         answer = worker.ask("latency", inputs=inputs, callers=callers)
@@ -212,7 +215,7 @@ def _latency(bench: Bench, callers: int) -> Load:
         }
 
     compared = {"compared": "queries/s"} if several else {}
-    return Load("latency", {"callers": callers} | compared | bench.jobs[0].place, measure)
+    return Load("latency", {"callers": callers} | compared | bench.jobs[0].place, measure, warm=several)
 
 
 def _cold_start(bench: Bench) -> Load:
@@ -224,7 +227,7 @@ def _cold_start(bench: Bench) -> Load:
         cost = {"peak MB": worker.ask("memory")["peak_mb"], "disk MB": size_mb(worker.job)}
         return {"seconds": worker.cold_s, "load s": worker.load_s, **cost}
 
-    return Load("cold", bench.jobs[0].place, measure, once=True)
+    return Load("cold", bench.jobs[0].place, measure, once=True, warm=True)
 
 
 def _take_turns(bench: Bench, loads: Sequence[Load], start: int = 0) -> None:
@@ -251,7 +254,8 @@ def _rounds(bench: Bench, load: Load, workers: dict[Job, Worker]) -> None:
     """A B B A A B …: one load, several rounds of all engines, and a result for each; one that fails is dropped."""
     samples: dict[Job, list[Sample]] = {job: [] for job in workers}
     words = " ".join(str(value) for value in (load.benchmark, *load.settings.values()))
-    rounds = 1 if load.once else bench.profile.rounds + 1  # the first one only warms up
+    first = 0 if load.warm else 1  # what goes before only warms up
+    rounds = first + (1 if load.once else bench.profile.rounds)
     for number in range(rounds):
         for job in list(samples)[:: 1 if number % 2 else -1]:
             bench.progress(f"{words}: {name_of(job)}", number / rounds)
@@ -260,7 +264,7 @@ def _rounds(bench: Bench, load: Load, workers: dict[Job, Worker]) -> None:
             except EngineError as error:
                 bench.left_out(error)
                 del samples[job], workers[job]
-    timed = {job: held if load.once else held[1:] for job, held in samples.items()}
+    timed = {job: held[first:] for job, held in samples.items()}
     baseline = next((held for job, held in timed.items() if (job.engine, job.variant) == BASELINE), None)
     for job, held in timed.items():
         figures = {name: Figure.of([sample[name] for sample in held]) for name in held[0]}

@@ -399,6 +399,12 @@ def test_speed_of_documents_and_growth_are_measured_and_ours_beside_each_other(t
     assert {s["value"]: s["threads"] for s in grown if s["by"] == "threads"} == {1: 1, 2: 2}
 
 
+def test_texts_of_differing_lengths_are_more_than_a_batch():
+    """Else sorting them, which some engines do, would spare no padding."""
+    counts = {name: dict(load[:2] for load in profile.bulk) for name, profile in PROFILES.items()}
+    assert min(count for held in counts.values() for kind, count in held.items() if kind in ("medium", "spread")) >= 96
+
+
 def test_two_stages_are_measured_before_and_after_the_reranker(tiny_artifact, tiny_reranker, beir, tmp_path):
     reranker, _ = tiny_reranker("bert")
     path = tmp_path / "results.jsonl"
