@@ -1,6 +1,7 @@
 """fastembed, with a custom model from a local folder."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def reranker(job: Job) -> Run:
 def prepare(job: Job) -> None:
     """The stock export is laid out as fastembed wants it, and read to the same length: it would take the shorter."""
     for path in Path(job.stock).iterdir():
-        (Path(job.source) / path.name).symlink_to(path)
+        (Path(job.source) / path.name).symlink_to(os.path.relpath(path, job.source))  # they may move together
     config = Path(job.source) / "tokenizer_config.json"
     settings = json.loads(config.read_text("utf-8")) | dict.fromkeys(("max_length", "model_max_length"), job.max_length)
     config.unlink()
