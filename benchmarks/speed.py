@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.client import Worker, name_of, prepared
-from benchmarks.data import AS_IT_COMES, DOCUMENTS, LENGTHS, SORTED, sample_texts
+from benchmarks.data import AS_IT_COMES, BATCH, DOCUMENTS, LENGTHS, SORTED, sample_texts
 from benchmarks.errors import EngineError
 from benchmarks.machine import gpu_use, peaks, versions
-from benchmarks.results import Figure, Journal, Result
+from benchmarks.results import RATE, Figure, Journal, Result
 from benchmarks.subject import BASELINE, Subject, size_mb
 from benchmarks.worker import Job
 from runtime.manifest import TOKENIZER
 from runtime.tokenizer import Tokenizer
 
-BATCH = 32
 WORDS = (8, 16, 32, 64, 128)
 """Of the texts that show how cost grows with length."""
 
@@ -134,31 +133,31 @@ class Load:
 
 
 def measure_speed(bench: Bench) -> None:
-    """Measure the machine's peak, then cold start and memory, throughput, latency and growth of all engines.
+    """Measure cold start and memory, throughput, latency and growth of all engines, and the machine's peak in between.
 
     Whatever an engine has done in a start's rounds is recorded at once, and isn't measured again if the journal has it.
     """
     profile = bench.profile
     for start in range(profile.starts):
-        peak = _roofline(bench, start)
+        _roofline(bench, 2 * start)
         loads = [
-            _bulk(bench, peak, "bulk", {"texts": kind, "order": order}, _inputs(bench, kind, count), *batch)
+            _bulk(bench, "bulk", {"texts": kind, "order": order}, _inputs(bench, kind, count), *batch)
             for kind, count, order, *batch in profile.bulk
             if bench.corpus or kind != DOCUMENTS
         ]
         loads += [_latency(bench, callers) for callers in profile.callers]
         _take_turns(bench, [_cold_start(bench), *loads], start)
+        _roofline(bench, 2 * start + 1)
     if profile.growth:
         _growth(dataclasses.replace(bench, profile=dataclasses.replace(profile, rounds=1)))
 
 
 def _growth(bench: Bench) -> None:
     """Throughput by length, batch, number of texts and threads, a single round of each."""
-    peak = _roofline(bench, bench.profile.starts)
     medium = _inputs(bench, "medium", BATCH)
 
     def grow(by: str, value: int, inputs: list[Any], batch: int = BATCH, bench: Bench = bench) -> Load:
-        return _bulk(bench, peak, "growth", {"by": by, "value": value}, inputs, batch)
+        return _bulk(bench, "growth", {"by": by, "value": value}, inputs, batch)
 
     threads = bench.jobs[0].threads
     loads = [grow("words", words, _inputs(bench, (words, words), max(BATCH, 1024 // words))) for words in WORDS]
@@ -167,12 +166,12 @@ def _growth(bench: Bench) -> None:
     _take_turns(bench, [*loads, grow("threads", threads, medium)])
     while threads := threads // 2:
         fewer = dataclasses.replace(bench, jobs=[dataclasses.replace(job, threads=threads) for job in bench.jobs])
+        _roofline(fewer, 0)
         _take_turns(fewer, [grow("threads", threads, medium, bench=fewer)])
 
 
 def _bulk(
     bench: Bench,
-    peak: dict[str, float],
     benchmark: str,
     settings: dict[str, Any],
     inputs: list[Any],
@@ -189,9 +188,8 @@ def _bulk(
         with gpu_use(worker.job.device) as busy:
             seconds = worker.ask("bulk", inputs=inputs, batch=batch)["seconds"]
         sample = {"seconds": seconds, "texts/s": count / seconds, "tokens/s": sum(tokens) / seconds}
-        roof = peak.get(_precision(worker.job))
-        share = {"share": work / seconds / roof / 1e9} if work and roof else {}
-        return sample | {"tokens": sum(tokens) / count} | share | ({"gpu busy": float(np.mean(busy))} if busy else {})
+        rate = {f"{_precision(worker.job)}{RATE}": work / seconds / 1e9} if work else {}
+        return sample | {"tokens": sum(tokens) / count} | rate | ({"gpu busy": float(np.mean(busy))} if busy else {})
 
     return Load(benchmark, settings | {"batch": batch, "count": count} | bench.jobs[0].place, measure)
 
@@ -267,7 +265,8 @@ def _rounds(bench: Bench, load: Load, workers: dict[Job, Worker]) -> None:
     timed = {job: held[first:] for job, held in samples.items()}
     baseline = next((held for job, held in timed.items() if (job.engine, job.variant) == BASELINE), None)
     for job, held in timed.items():
-        figures = {name: Figure.of([sample[name] for sample in held]) for name in held[0]}
+        names = dict.fromkeys(name for sample in held for name in sample)  # a short round has no reading of the GPU's
+        figures = {name: Figure.of([sample[name] for sample in held if name in sample]) for name in names}
         if baseline:
             figures["ratio"] = _ratio(baseline, held)
         if job.engine == "ours":
@@ -280,16 +279,13 @@ def _ratio(theirs: Sequence[Sample], ours: Sequence[Sample]) -> Figure:
     return Figure.of([a["seconds"] / b["seconds"] for a, b in zip(theirs, ours, strict=True)])
 
 
-def _roofline(bench: Bench, start: int) -> dict[str, float]:
-    """The machine's peaks in 10⁹ operations a second, by precision; anew at each start, as it is noisy."""
-    job = bench.jobs[0]
-    result = Result(benchmark="roofline", engine="machine", variant="", model="", settings=job.place, figures={})
-    held = [measured for measured in bench.journal.results if measured.key == result.key]
-    if len(held) <= start:
-        figures = {name: Figure.of(rate) for name, rate in peaks(job.threads, job.device).items()}
-        held.append(bench.journal.add(result.filled(figures, versions(("onnxruntime", "numpy")))))
-        bench.found(held[-1])
-    return {name: figure.median for name, figure in held[min(start, len(held) - 1)].figures.items()}
+def _roofline(bench: Bench, number: int) -> None:
+    """The machine's peaks in 10⁹ operations a second, by precision: several times a run, as it is noisy."""
+    place, model = bench.jobs[0].place, bench.subject.manifest.name
+    result = Result(benchmark="roofline", engine="machine", variant="", model=model, settings=place, figures={})
+    if bench.journal.count(result) <= number:
+        figures = {name: Figure.of(rate) for name, rate in peaks(bench.jobs[0].threads, bench.jobs[0].device).items()}
+        bench.found(bench.journal.add(result.filled(figures, versions(("onnxruntime", "numpy")))))
 
 
 def _result(bench: Bench, job: Job, load: Load) -> Result:

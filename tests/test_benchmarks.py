@@ -1,5 +1,6 @@
 """What the benchmarks read, keep and report: malformed data is named, nothing measured is lost, the README is true."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -16,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from benchmarks import client, worker
+from benchmarks import client, speed, worker
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
 from benchmarks.data import read_beir, read_sts, sample_texts
@@ -59,6 +60,9 @@ def beir(tmp_path):
         return tmp_path
 
     return write
+
+
+MACHINE = {"cpu": "a", "cores": 2, "instructions": [], "memory_gb": 1, "system": "b"}
 
 
 def result(median: float, low: float | None = None, high: float | None = None, **changes) -> Result:
@@ -215,14 +219,47 @@ def test_of_several_callers_what_counts_is_how_many_queries_are_answered(tiny_ar
 
 
 def test_what_several_callers_are_compared_by_is_never_mixed():
-    machine = {"cpu": "a", "cores": 2, "instructions": [], "memory_gb": 1, "system": "b"}
-    old = result(24.0, benchmark="latency", settings={"callers": 16}, machine=machine)
-    new = result(11.0, benchmark="latency", settings={"callers": 16, "compared": "queries/s"}, machine=machine)
+    old = result(24.0, benchmark="latency", settings={"callers": 16}, machine=MACHINE)
+    new = result(11.0, benchmark="latency", settings={"callers": 16, "compared": "queries/s"}, machine=MACHINE)
     assert not compare([old], [new])
     other = dataclasses.replace(old, model="other")
     table = section([new, other], "full.jsonl")
     assert "|  | 16 callers, queries/s |\n| --- | --: |\n| **bge-onnx** int8 | 11.0 |" in table
     assert "|  | of 16 callers at once |\n| --- | --: |\n| **bge-onnx** int8 | 24.0 |" in table
+
+
+def test_no_share_of_the_peak_is_above_one():
+    """What an engine reached beyond the product that should be the peak is the peak; other threads have another."""
+
+    def measured(rate: float, threads: int = 2, **changes) -> Result:
+        settings = {"texts": "medium", "order": "as it comes", "batch": 32, "threads": threads}
+        figures = {"fp32 Gop/s": Figure(rate, rate, 1.25 * rate, 3), "share": Figure(1.24, 1.24, 1.24, 1)}
+        return result(0, variant="fp32", settings=settings, figures=figures, machine=MACHINE, **changes)
+
+    roofline = {"benchmark": "roofline", "engine": "machine", "variant": "", "machine": MACHINE}
+    peaks = [
+        result(0, figures={"fp32": Figure(*[rate] * 3, 1)}, settings={"threads": threads}, **roofline)
+        for rate, threads in ((90, 2), (100, 2), (50, 1))
+    ]
+    found = full_report([measured(40), *peaks, measured(60, model="other", threads=1)], [])
+    assert "fp32 100 with 2 threads; fp32 75.0 with 1 threads." in found
+    shares = [line.split("|")[2].strip() for line in found.splitlines() if "fp32 | " in line and "%" in line]
+    assert shares == ["40%", "80%"]
+
+
+def test_a_round_too_short_to_read_the_gpu_costs_no_result(tiny_artifact, tmp_path, monkeypatch):
+    """And what ``--profile gpu`` measures in bulk is shown, by the size of the batches."""
+    readings = iter([[], [0.5], [], [0.75]])  # a round that warms up, and three
+    monkeypatch.setattr(speed, "gpu_use", lambda device: contextlib.nullcontext(next(readings)))
+    profile = dataclasses.replace(SMALL, bulk=(("spread", 4, "as it comes", 256),), callers=(), rounds=3)
+    subject, journal = open_subject(tiny_artifact), Journal(tmp_path / "results.jsonl", machine=MACHINE)
+    jobs = plan_jobs(subject, "ours:int8", threads=1)
+    measure_speed(Bench(subject=subject, jobs=jobs, profile=profile, journal=journal))
+    (bulk,) = (r for r in journal.results if r.benchmark == "bulk")
+    assert bulk.figures["gpu busy"] == Figure(0.625, 0.5, 0.75, 2)
+    table = full_report(journal.results, [])
+    assert "by nvidia-smi:\n\n|  | 10–170 words, batches of 256 |" in table
+    assert "**Texts (or pairs) a second**:\n\n|  | 10–170 words, batches of 256 |" in table
 
 
 def test_updating_a_readme_touches_nothing_but_its_section(tmp_path):
@@ -324,7 +361,6 @@ def test_results_in_the_repository_hold_no_path_of_a_machine():
 
 
 def test_int8_stands_in_one_table_with_each_figure_beside_its_bar():
-    machine = {"cpu": "a", "cores": 2, "instructions": [], "memory_gb": 1, "system": "b"}
     torch = {"engine": "sentence_transformers", "variant": "fp32"}
 
     def one(value: float) -> Figure:
@@ -332,19 +368,19 @@ def test_int8_stands_in_one_table_with_each_figure_beside_its_bar():
 
     results = [
         result(
-            0, settings={"texts": "short"}, figures={"to optimum int8": Figure(1.5, 1.25, 1.75, 6)}, machine=machine
+            0, settings={"texts": "short"}, figures={"to optimum int8": Figure(1.5, 1.25, 1.75, 6)}, machine=MACHINE
         ),
-        result(0, settings={"texts": "documents"}, figures={"to optimum int8": one(1.25)}, machine=machine),
+        result(0, settings={"texts": "documents"}, figures={"to optimum int8": one(1.25)}, machine=MACHINE),
         result(0, benchmark="retrieval", settings={}, figures={"nDCG@10": one(0.5), "peak MB": one(100)}),
         result(0, benchmark="retrieval", settings={}, figures={"nDCG@10": one(0.502), "peak MB": one(250)}, **torch),
     ]
-    table = int8_table([dataclasses.replace(held, machine=machine) for held in results], "tiny", 384)
+    table = int8_table([dataclasses.replace(held, machine=MACHINE) for held in results], "tiny", 384)
     assert "| 6–14 words, times optimum int8 | 1.5 (1.25–1.75) | ≥ 1.4 | met |" in table
     assert "| whole documents, times optimum int8 | 1.25 | ≥ 1.5 | **missed** |" in table
     assert "| retrieval, nDCG@10 beyond torch fp32's | -0.002 | ≥ -0.003 | met |" in table
     assert "| RAM to embed the corpus, of torch fp32's | 0.4 | ≤ 0.5 | met |" in table
     assert "openvino" not in table  # which wasn't measured
-    other = int8_table([dataclasses.replace(held, machine=machine) for held in results], "tiny", 768)
+    other = int8_table([dataclasses.replace(held, machine=MACHINE) for held in results], "tiny", 768)
     assert "| whole documents, times optimum int8 | 1.25 | ≥ 1.15 | met |" in other
 
 
