@@ -23,7 +23,7 @@ try:
     from benchmarks.results import Journal, Result
     from benchmarks.retriever import measure_retriever
     from benchmarks.speed import PROFILES, Bench, measure_speed
-    from benchmarks.subject import BASELINE, open_subject, plan_jobs
+    from benchmarks.subject import BASELINE, Subject, open_subject, plan_jobs
     from runtime import Embedder, Reranker
     from runtime.errors import BgeOnnxError
     from runtime.manifest import load_manifest
@@ -142,8 +142,16 @@ def _int8(options: argparse.Namespace) -> None:
     print(report.int8_table(report.newest_results(journal.path), manifest.name, manifest.dim))
 
 
+def _opened(artifact: Path, checkpoint: str | None, option: str = "--checkpoint") -> Subject:
+    subject = open_subject(artifact, checkpoint)
+    if not subject.checkpoint:
+        source = subject.manifest.source.id
+        _warn(EngineError(f"all but ours: {source}, with the weights of {artifact}, isn't here; pass {option} FOLDER"))
+    return subject
+
+
 def _measure_speed(options: argparse.Namespace, journal: Journal) -> None:
-    subject = open_subject(options.artifact, options.checkpoint)
+    subject = _opened(options.artifact, options.checkpoint)
     profile = PROFILES[options.profile]
     with _progress() as show:
         measure_speed(
@@ -161,7 +169,7 @@ def _measure_speed(options: argparse.Namespace, journal: Journal) -> None:
 
 
 def _measure_quality(options: argparse.Namespace, journal: Journal, variants: tuple[str, ...] = ()) -> None:
-    subject = open_subject(options.artifact, options.checkpoint)
+    subject = _opened(options.artifact, options.checkpoint)
     jobs = plan_jobs(subject, options.engines, threads=options.threads, device=options.device)
     jobs = [job for job in jobs if job.variant in variants or not variants]
     name, prompts = subject.manifest.name, subject.manifest.prompts
@@ -173,7 +181,7 @@ def _measure_quality(options: argparse.Namespace, journal: Journal, variants: tu
     if not (options.reranker and data and first and subject.manifest.kind == "embedder"):
         return
     data = data.first(PROFILES[options.profile].reranked)
-    second = open_subject(options.reranker, options.reranker_checkpoint)
+    second = _opened(options.reranker, options.reranker_checkpoint, "--reranker-checkpoint")
     for job in plan_jobs(second, options.reranker_engines, threads=options.threads, device=options.device):
         names = name, second.manifest.name
         with _progress() as show:
