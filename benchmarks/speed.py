@@ -345,6 +345,9 @@ def _operations(subject: Subject, tokens: Sequence[int]) -> float:
     inner = config.get("intermediate_size", config.get("hidden_dim"))
     if not (hidden and layers and inner):
         return 0
-    linear = 2 * (4 * hidden * hidden + 2 * hidden * inner) * sum(tokens)
-    attention = 4 * hidden * sum(count * count for count in tokens)
-    return float(layers * (linear + attention))
+    modern = config.get("model_type") == "modernbert"  # its FFN is gated, and most layers see a window of tokens alone
+    linear = 2 * (4 * hidden * hidden + (3 if modern else 2) * hidden * inner) * sum(tokens)
+    wide = -(-layers // config.get("global_attn_every_n_layers", 3)) if modern else layers
+    window = config.get("local_attention", 128)
+    seen = sum(wide * count * count + (layers - wide) * count * min(count, window) for count in tokens)
+    return float(layers * linear + 4 * hidden * seen)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 from benchmarks import client, speed, worker
+from benchmarks import subject as subject_module
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
 from benchmarks.data import read_beir, read_sts, sample_texts
@@ -27,7 +29,7 @@ from benchmarks.mteb import mteb_encoder
 from benchmarks.report import full_report, int8_table, newest_results, readme_section, section, update_readme
 from benchmarks.results import Figure, Journal, Result, newest, read_results
 from benchmarks.speed import PROFILES, Bench, Profile, measure_speed
-from benchmarks.subject import open_subject, plan_jobs
+from benchmarks.subject import open_subject, plan_jobs, size_mb
 from benchmarks.worker import Job
 from runtime import Embedder
 
@@ -318,6 +320,50 @@ def test_a_missing_engine_is_left_out_with_what_installs_it(
     assert [r.engine for r in read_results(tmp_path / "results.jsonl")] == ["ours"]
 
 
+def test_weights_of_the_same_name_are_not_those_of_a_fine_tune(
+    tiny_artifact, tiny_checkpoint, copied, tmp_path, monkeypatch, capsys
+):
+    """A folder of the artifact's name stands for the catalog here."""
+    copied(tiny_checkpoint)
+    monkeypatch.chdir(tmp_path)
+    assert open_subject(tiny_artifact).checkpoint == tmp_path / tiny_checkpoint.name
+    tuned = tmp_path / "tuned"
+    shutil.copytree(tiny_artifact, tuned)
+    manifest = json.loads((tuned / "manifest.json").read_text())
+    manifest["source"]["checksums"]["model.safetensors"] = "another"
+    (tuned / "manifest.json").write_text(json.dumps(manifest))
+    assert open_subject(tuned).checkpoint is None
+    assert open_subject(tuned, str(tiny_checkpoint)).checkpoint == tiny_checkpoint
+    assert main(["quality", str(tuned), "--engines", "optimum", "--results", str(tmp_path / "results.jsonl")]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"left out: all but ours: tiny-bert, with the weights of {tuned}, isn't here; pass --checkpoint" in said
+
+
+def test_what_torch_loads_is_one_format(tmp_path):
+    files = {"model.safetensors": 1, "pytorch_model.bin": 2, "onnx/model.onnx": 4, "training_args.bin": 8}
+    (tmp_path / "onnx").mkdir()
+    for name, megabytes in files.items():
+        (tmp_path / name).write_bytes(b"0" * megabytes * 10**6)
+    job = Job(engine="", variant="", kind="embedder", source=str(tmp_path), checkpoint=str(tmp_path))
+    assert size_mb(job) == 1
+    (tmp_path / "model.safetensors").unlink()
+    assert size_mb(job) == 2
+    assert size_mb(dataclasses.replace(job, source=str(tmp_path / "onnx"))) == 4
+
+
+def test_operations_of_modernbert_count_its_gate_and_its_window(tmp_path):
+    config = {"hidden_size": 4, "num_hidden_layers": 4, "intermediate_size": 8}
+    subject = SimpleNamespace(checkpoint=tmp_path)
+
+    def operations(**more: object) -> float:
+        (tmp_path / "config.json").write_text(json.dumps(config | more))
+        return speed._operations(subject, [10])
+
+    assert operations() == 4 * (2 * (4 * 16 + 2 * 32) * 10 + 4 * 4 * 100)
+    modern = operations(model_type="modernbert", global_attn_every_n_layers=3, local_attention=4)
+    assert modern == 4 * 2 * (4 * 16 + 3 * 32) * 10 + 4 * 4 * (2 * 100 + 2 * 40)  # layers 0 and 3 see all
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_keeps_what_it_measured_and_leaves_no_process(tiny_artifact, tmp_path, stop):
     path = tmp_path / "results.jsonl"
@@ -395,7 +441,9 @@ def test_an_engines_packages_go_into_its_own_environment_though_it_is_new(tmp_pa
     assert tmp_path in Path(made[-1]).parents
 
 
-def test_variants_share_a_conversion_and_a_changed_checkpoint_is_converted_anew(tiny_artifact, tiny_checkpoint, copied):
+def test_variants_share_a_conversion_and_what_changed_is_converted_anew(
+    tiny_artifact, tiny_checkpoint, copied, tmp_path, monkeypatch
+):
     def sources(checkpoint: Path) -> dict[str, str]:
         subject = open_subject(tiny_artifact, str(checkpoint))
         jobs = plan_jobs(subject, "optimum,openvino", threads=1)
@@ -406,6 +454,14 @@ def test_variants_share_a_conversion_and_a_changed_checkpoint_is_converted_anew(
     assert found["openvino fp32"] == found["openvino bf16"] != found["openvino int8"]
     (checkpoint / "config.json").write_text((checkpoint / "config.json").read_text() + " ")
     assert not set(found.values()) & set(sources(checkpoint).values())
+    found = sources(tiny_checkpoint)
+    (tmp_path / "openvino.txt").write_text("openvino==1")
+    monkeypatch.setattr(subject_module, "REQUIREMENTS", tmp_path)
+    newer = sources(tiny_checkpoint)
+    assert newer["openvino int8"] != found["openvino int8"]
+    assert newer["optimum int8"] == found["optimum int8"]
+    monkeypatch.setattr(subject_module, "versions", lambda packages: {"optimum": "1"})
+    assert newer["optimum int8"] != sources(tiny_checkpoint)["optimum int8"]
 
 
 def test_on_cuda_there_are_the_engines_that_run_there(tiny_artifact, tiny_checkpoint):
