@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".bench"
 """Where environments and converted models are kept; never committed."""
 REQUIREMENTS = Path(__file__).parent / "environments"
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
 class Worker:

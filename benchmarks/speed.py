@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -24,6 +25,8 @@ from runtime.tokenizer import Tokenizer
 
 WORDS = (8, 16, 32, 64, 128)
 """Of the texts that show how cost grows with length."""
+PAUSE = 0.1
+"""Seconds between turns: ONNX Runtime's threads look for more work some 40 ms after the last, at others' expense."""
 
 Sample = dict[str, float]
 """Figures of one engine in one round; ``seconds`` is what ratios are made of."""
@@ -236,6 +239,7 @@ def _take_turns(bench: Bench, loads: Sequence[Load], start: int = 0) -> None:
         workers = {}
         for job in bench.jobs:
             bench.progress(f"starting {name_of(job)}", 0)
+            time.sleep(PAUSE)
             try:
                 workers[job] = stack.enter_context(Worker(prepared(job)))
             except EngineError as error:
@@ -257,6 +261,7 @@ def _rounds(bench: Bench, load: Load, workers: dict[Job, Worker]) -> None:
     for number in range(rounds):
         for job in list(samples)[:: 1 if number % 2 else -1]:
             bench.progress(f"{words}: {name_of(job)}", number / rounds)
+            time.sleep(PAUSE)
             try:
                 samples[job].append(load.measure(workers[job]))
             except EngineError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from benchmarks import client, speed, worker
@@ -23,7 +24,7 @@ from benchmarks import subject as subject_module
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
 from benchmarks.data import read_beir, read_sts, sample_texts
-from benchmarks.engines import plain
+from benchmarks.engines import fastembed, flashrank, plain
 from benchmarks.errors import DataError
 from benchmarks.mteb import mteb_encoder
 from benchmarks.report import full_report, int8_table, newest_results, readme_section, section, update_readme
@@ -439,6 +440,38 @@ def test_an_engines_packages_go_into_its_own_environment_though_it_is_new(tmp_pa
     assert made[0] == sys.executable
     assert Path(installed[0]).is_relative_to(made[-1])
     assert tmp_path in Path(made[-1]).parents
+
+
+@pytest.mark.parametrize("engine", ["optimum", "../x", "nothing"])
+def test_no_environment_is_made_for_what_needs_none(engine, tmp_path, monkeypatch, capsys):
+    """It would take the place of the one that runs now, or lie elsewhere."""
+    monkeypatch.setattr(client, "HOME", tmp_path / "home")
+    assert main(["install", engine]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"install {engine}: none of the engines with an environment: fastembed, flag_embedding," in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_of_links_survives_a_move(tmp_path):
+    stock, source = tmp_path / "a" / "made" / "optimum", tmp_path / "a" / "fast" / "model"
+    for folder in (stock, source):
+        folder.mkdir(parents=True)
+    (stock / "model.onnx").write_text("weights")
+    (stock / "tokenizer_config.json").write_text("{}")
+    fastembed.prepare(Job(engine="", variant="", kind="embedder", source=str(source), stock=str(stock)))
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert (tmp_path / "b" / "fast" / "model" / "model.onnx").read_text() == "weights"
+
+
+def test_flashranks_session_has_the_threads_of_the_others(monkeypatch):
+    opened = []
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda path, sess_options=None: opened.append(sess_options))
+    module = ModuleType("flashrank")
+    module.RerankRequest, module.Ranker = None, lambda *arguments: onnxruntime.InferenceSession("model.onnx")
+    monkeypatch.setitem(sys.modules, "flashrank", module)
+    flashrank.reranker(Job(engine="", variant="", kind="reranker", source="", threads=3))
+    assert [options.intra_op_num_threads for options in opened] == [3]
+    assert client._environment(3)["RAYON_NUM_THREADS"] == "3"
 
 
 def test_variants_share_a_conversion_and_what_changed_is_converted_anew(
