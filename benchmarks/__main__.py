@@ -16,7 +16,7 @@ try:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from benchmarks import client, machine, quality, report
-    from benchmarks.compare import compare
+    from benchmarks.compare import compare, lacking
     from benchmarks.data import read_beir, read_sts
     from benchmarks.errors import DataError, EngineError
     from benchmarks.mteb import measure_mteb
@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     reported.add_argument("results", type=Path, nargs="?", default=RESULTS / "full.jsonl", help="default: full.jsonl")
     reported.add_argument("--out", type=Path, metavar="DIR", help="default: beside the results, without .jsonl")
     reported.add_argument("--readme", type=Path, metavar="FILE", help="update the section between its markers")
-    compared = modes.add_parser("compare", help="what got worse beyond the spread; ends with 1 if anything did")
+    compared = modes.add_parser(
+        "compare", help="what got worse beyond the spread, or is missing; ends with 1 if anything is"
+    )
     compared.set_defaults(action=_compare)
     compared.add_argument("old", type=Path)
     compared.add_argument("new", type=Path)
@@ -233,18 +235,22 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    changes = compare(report.newest_results(options.old), report.newest_results(options.new))
-    if not changes:
+    old, new = (report.newest_results(path) for path in (options.old, options.new))
+    changes, lost = compare(old, new), lacking(old, new)
+    if not (changes or lost):
         raise DataError(f"{options.new}: has no measurement in common with {options.old}; compare runs of one profile")
     for verdict, word in ((-1, "worse"), (1, "better")):
         for change in changes:
             if change.verdict == verdict:
-                old, new = report.spread(change.old), report.spread(change.new)
-                print(f"{word}: {change.what}: {change.figure} {old} -> {new}")
+                print(
+                    f"{word}: {change.what}: {change.figure} {report.spread(change.old)} -> {report.spread(change.new)}"
+                )
+    for what in lost:
+        print(f"missing: {what}")
     worse, better = (sum(change.verdict == verdict for change in changes) for verdict in (-1, 1))
     same = len(changes) - worse - better
     print(f"{len(changes)} figures: {worse} worse and {better} better beyond the spread of both, {same} the same")
-    return int(worse > 0)
+    return int(worse > 0 or bool(lost))
 
 
 def _install(options: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +39,9 @@ def describe_machine() -> dict[str, Any]:
         "cpu": fields.get("model name", platform.processor() or platform.machine()),
         "cores": usable_cpus(),
         "instructions": [name for name in INSTRUCTIONS if name in flags],
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
     }
-
-
-def versions(packages: tuple[str, ...]) -> dict[str, str]:
-    """Versions of those of some packages that are installed."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def commit(root: Path) -> str:

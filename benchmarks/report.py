@@ -9,7 +9,7 @@ from typing import Any, Literal
 from benchmarks.data import AS_IT_COMES, BATCH, DOCUMENTS, LENGTHS, SORTED
 from benchmarks.errors import DataError
 from benchmarks.plots import draw
-from benchmarks.results import RATE, Figure, Result, newest, read_results
+from benchmarks.results import QUALITY, RATE, Figure, Result, newest, read_results
 from benchmarks.subject import BASELINE
 
 MARKERS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
@@ -20,11 +20,6 @@ TITLES = {
     "openvino": "OpenVINO",
     "flashrank": "FlashRank",
 }
-QUALITY = {
-    "sts": {"spearman": "Spearman × 100", "cosine mean": "mean cosine", "cosine min": "least cosine"},
-    "retrieval": {name: name for name in ("nDCG@10", "R@100", "MRR@10")},
-}
-"""Figures by benchmark, and what tables call them; the first of each stands in the README."""
 KINDS = {kind: f"{low}–{high} words" for kind, (low, high) in LENGTHS.items()} | {DOCUMENTS: "documents"}
 
 Row = Sequence[str]
@@ -397,7 +392,7 @@ def _two_stages(results: Sequence[Result]) -> list[str]:
     metrics = tuple(QUALITY["retrieval"])
     rows = []
     for result in held:
-        model, engine, variant = result.settings["embedder"].split(" ")
+        model, engine, variant = result.settings["embedder"].rsplit(" ", 2)
         figures = {name: f"{figure.median:.4f}" for name, figure in result.figures.items()}
         cells = [figures.get(f"{stage}{name}", "") for name in metrics for stage in ("first ", "")]
         second = f"{result.model}, {_engine(result.engine, result.variant)}"

@@ -14,6 +14,11 @@ from benchmarks.errors import DataError
 
 SCHEMA = 1
 """Of a line; one that this code can't read any more gets another number."""
+QUALITY = {
+    "sts": {"spearman": "Spearman × 100", "cosine mean": "mean cosine", "cosine min": "least cosine"},
+    "retrieval": {name: name for name in ("nDCG@10", "R@100", "MRR@10")},
+}
+"""Figures by benchmark, and what tables call them, the most telling one first."""
 RATE = " Gop/s"
 """Ends the name of a figure that counts operations of matrix products, after their precision."""
 

@@ -16,10 +16,10 @@ import numpy as np
 from benchmarks.client import Worker, name_of, prepared
 from benchmarks.data import AS_IT_COMES, BATCH, DOCUMENTS, LENGTHS, SORTED, sample_texts
 from benchmarks.errors import EngineError
-from benchmarks.machine import gpu_use, peaks, versions
+from benchmarks.machine import gpu_use, peaks
 from benchmarks.results import RATE, Figure, Journal, Result
 from benchmarks.subject import BASELINE, Subject, size_mb
-from benchmarks.worker import Job
+from benchmarks.worker import Job, versions
 from runtime.manifest import TOKENIZER
 from runtime.tokenizer import Tokenizer
 

@@ -11,8 +11,7 @@ from benchmarks.client import HOME, REQUIREMENTS
 from benchmarks.engines import ENGINES, plain
 from benchmarks.engines.openvino import CALIBRATION
 from benchmarks.errors import EngineError
-from benchmarks.machine import versions
-from benchmarks.worker import Job
+from benchmarks.worker import Job, versions
 from export.errors import ExportError
 from export.source import resolve_source
 from runtime.manifest import Manifest, describe_file, load_manifest

@@ -73,7 +73,7 @@ def serve(job: Job) -> None:
             loaded = time.perf_counter()
             run([WARM[job.kind]], 1)
             times = {"load_s": loaded - start, "first_s": time.perf_counter() - loaded}
-            answer({**times, "versions": _versions(engine.PACKAGES)})
+            answer({**times, "versions": versions(engine.PACKAGES)})
         except ImportError as error:
             answer({"missing": str(error)})
         except Exception as error:  # anything that an engine may raise
@@ -149,7 +149,8 @@ def _failure(error: Exception) -> dict[str, str]:
     return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
-def _versions(packages: Sequence[str]) -> dict[str, str]:
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those of some packages that are installed."""
     found = {}
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):

@@ -189,6 +189,26 @@ def test_compare_fails_on_a_regression_alone(tmp_path, capsys, new, code):
     assert f"{code} worse" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("new", "says"),
+    [
+        ([result(2.0)], "missing: tiny optimum int8 bulk threads=1: ratio"),  # an engine that failed meanwhile
+        ([result(2.0), result(0, engine="optimum", figures={})], "missing: tiny optimum int8 bulk threads=1: ratio"),
+        ([result(2.0), result(2.0, engine="optimum")], "0 worse"),
+    ],
+)
+def test_compare_fails_where_an_engine_or_a_figure_is_missing(tmp_path, capsys, new, says):
+    elsewhere = result(2.0, settings={"threads": 2})  # which the new run wasn't asked for
+    for name, results in (("old", [result(2.0), result(2.0, engine="optimum"), elsewhere]), ("new", new)):
+        journal = Journal(tmp_path / name)
+        for held in results:
+            journal.add(held)
+    said = (main(["compare", str(tmp_path / "old"), str(tmp_path / "new")]), capsys.readouterr().out)
+    assert said[0] == ("missing" in says)
+    assert says in said[1]
+    assert "threads=2" not in said[1]
+
+
 def test_the_readmes_figures_are_those_of_the_results_file():
     results = newest_results(RESULTS)
     assert readme_section(ROOT / "README.md") == section(results, RESULTS.relative_to(ROOT).as_posix())
@@ -568,6 +588,24 @@ def test_our_embedder_is_mtebs_encoder(tiny_artifact, monkeypatch):
     found = encoder.encode(inputs, task_metadata=None, hf_split="test", hf_subset="default")
     np.testing.assert_array_equal(found, embedder.encode(["a river", "a stone", "water"]))
     assert not encoder.encode(inputs, prompt_type=SimpleNamespace(value="query")).any()
+
+
+@pytest.mark.parametrize("run", [plain.embedder, plain.scheduled])
+def test_a_pooling_that_isnt_written_down_is_refused(tiny_artifact, run):
+    job = Job(engine="", variant="", kind="embedder", source="", stock=str(tiny_artifact), pooling="last_token")
+
+    def infer(feeds):
+        return np.zeros((*feeds["input_ids"].shape, 4), np.float32)
+
+    with pytest.raises(ValueError, match="pools by cls or mean, not last_token; leave it out with --engines"):
+        run(job, *[infer] * (2 if run is plain.scheduled else 1))(["a text"], 1)
+
+
+def test_two_stages_of_a_model_with_a_space_in_its_name_are_shown():
+    settings = {"embedder": "my own model ours int8", "candidates": 100, "data": "some"}
+    figures = {"nDCG@10": Figure(0.5, 0.5, 0.5, 1), "pairs/s": Figure(9, 9, 9, 1)}
+    held = result(0, benchmark="two-stage", settings=settings, figures=figures, machine=MACHINE)
+    assert "| my own model, **bge-onnx** int8 |" in full_report([held], [])
 
 
 def test_a_stock_graph_under_our_scheduling_gives_the_same_vectors(tiny_artifact):

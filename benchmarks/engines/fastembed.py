@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.engines import plain
 from benchmarks.worker import Job, Run
 
 PACKAGES = ("fastembed", "onnxruntime", "tokenizers")
@@ -18,6 +19,7 @@ def embedder(job: Job) -> Run:
     from fastembed import TextEmbedding
     from fastembed.common.model_description import ModelSource, PoolingType
 
+    plain.check_pooling(job)
     config = json.loads((Path(job.source) / "config.json").read_text("utf-8"))
     TextEmbedding.add_custom_model(
         "local",
