@@ -161,6 +161,7 @@ def full_report(results: Sequence[Result], plots: Sequence[str]) -> str:
             ("**Quality**, and what is retained of torch fp32's", _quality(results, first=False)),
         ):
             parts += _engines(results, model, f"## {model}\n\n{title}:" if "Speed" in title else f"{title}:", columns)
+            parts += _lengths(results, model) if "Speed" in title else []
     parts += [*_two_stages(results), *_retriever(results)]
     return "\n\n".join([*parts, *(f"![{name}]({name})" for name in plots)]) + "\n"
 
@@ -318,6 +319,14 @@ def _bulk(results: Sequence[Result], figure: str) -> list[Column]:
         for kind, words in KINDS.items()
         for batch in batches
     ]
+
+
+def _lengths(results: Sequence[Result], model: str) -> list[str]:
+    """How long its texts are in tokens, which isn't what their words suggest where the model can't read on."""
+    held = [r for r in results if (r.benchmark, r.model) == ("bulk", model) and "tokens" in r.figures]
+    means = {KINDS[r.settings["texts"]]: median(r.figures["tokens"]) for r in held}
+    listed = ", ".join(f"{kind} {tokens}" for kind, tokens in means.items())
+    return [f"Mean tokens of a text, cut at the most that the model takes: {listed}."] if held else []
 
 
 def _cost(results: Sequence[Result]) -> list[Column]:
