@@ -16,14 +16,14 @@ try:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from benchmarks import client, machine, quality, report
-    from benchmarks.compare import compare
+    from benchmarks.compare import compare, lacking
     from benchmarks.data import read_beir, read_sts
     from benchmarks.errors import DataError, EngineError
     from benchmarks.mteb import measure_mteb
     from benchmarks.results import Journal, Result
     from benchmarks.retriever import measure_retriever
     from benchmarks.speed import PROFILES, Bench, measure_speed
-    from benchmarks.subject import BASELINE, open_subject, plan_jobs
+    from benchmarks.subject import BASELINE, Subject, open_subject, plan_jobs
     from runtime import Embedder, Reranker
     from runtime.errors import BgeOnnxError
     from runtime.manifest import load_manifest
@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "int8":
             mode.add_argument("--no-quality", action="store_true", help="speed alone, as for random weights")
         if name in ("all", "speed", "int8"):
-            mode.add_argument("--starts", type=int, metavar="N", help="how often engines are started (default: 2)")
+            mode.add_argument("--starts", type=int, metavar="N", help="how often engines are started (default: 2 or 3)")
         mode.add_argument("--threads", type=int, default=usable_cpus(), help="of every engine (default: all)")
         mode.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         mode.add_argument("--profile", choices=PROFILES, default="quick", help="how much is measured (default: quick)")
@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     reported.add_argument("results", type=Path, nargs="?", default=RESULTS / "full.jsonl", help="default: full.jsonl")
     reported.add_argument("--out", type=Path, metavar="DIR", help="default: beside the results, without .jsonl")
     reported.add_argument("--readme", type=Path, metavar="FILE", help="update the section between its markers")
-    compared = modes.add_parser("compare", help="what got worse beyond the spread; ends with 1 if anything did")
+    compared = modes.add_parser(
+        "compare", help="what got worse beyond the spread, or is missing; ends with 1 if anything is"
+    )
     compared.set_defaults(action=_compare)
     compared.add_argument("old", type=Path)
     compared.add_argument("new", type=Path)
@@ -142,8 +144,16 @@ def _int8(options: argparse.Namespace) -> None:
     print(report.int8_table(report.newest_results(journal.path), manifest.name, manifest.dim))
 
 
+def _opened(artifact: Path, checkpoint: str | None, option: str = "--checkpoint") -> Subject:
+    subject = open_subject(artifact, checkpoint)
+    if not subject.checkpoint:
+        source = subject.manifest.source.id
+        _warn(EngineError(f"all but ours: {source}, with the weights of {artifact}, isn't here; pass {option} FOLDER"))
+    return subject
+
+
 def _measure_speed(options: argparse.Namespace, journal: Journal) -> None:
-    subject = open_subject(options.artifact, options.checkpoint)
+    subject = _opened(options.artifact, options.checkpoint)
     profile = PROFILES[options.profile]
     with _progress() as show:
         measure_speed(
@@ -161,7 +171,7 @@ def _measure_speed(options: argparse.Namespace, journal: Journal) -> None:
 
 
 def _measure_quality(options: argparse.Namespace, journal: Journal, variants: tuple[str, ...] = ()) -> None:
-    subject = open_subject(options.artifact, options.checkpoint)
+    subject = _opened(options.artifact, options.checkpoint)
     jobs = plan_jobs(subject, options.engines, threads=options.threads, device=options.device)
     jobs = [job for job in jobs if job.variant in variants or not variants]
     name, prompts = subject.manifest.name, subject.manifest.prompts
@@ -173,7 +183,7 @@ def _measure_quality(options: argparse.Namespace, journal: Journal, variants: tu
     if not (options.reranker and data and first and subject.manifest.kind == "embedder"):
         return
     data = data.first(PROFILES[options.profile].reranked)
-    second = open_subject(options.reranker, options.reranker_checkpoint)
+    second = _opened(options.reranker, options.reranker_checkpoint, "--reranker-checkpoint")
     for job in plan_jobs(second, options.reranker_engines, threads=options.threads, device=options.device):
         names = name, second.manifest.name
         with _progress() as show:
@@ -225,18 +235,22 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    changes = compare(report.newest_results(options.old), report.newest_results(options.new))
-    if not changes:
+    old, new = (report.newest_results(path) for path in (options.old, options.new))
+    changes, lost = compare(old, new), lacking(old, new)
+    if not (changes or lost):
         raise DataError(f"{options.new}: has no measurement in common with {options.old}; compare runs of one profile")
     for verdict, word in ((-1, "worse"), (1, "better")):
         for change in changes:
             if change.verdict == verdict:
-                old, new = report.spread(change.old), report.spread(change.new)
-                print(f"{word}: {change.what}: {change.figure} {old} -> {new}")
+                print(
+                    f"{word}: {change.what}: {change.figure} {report.spread(change.old)} -> {report.spread(change.new)}"
+                )
+    for what in lost:
+        print(f"missing: {what}")
     worse, better = (sum(change.verdict == verdict for change in changes) for verdict in (-1, 1))
     same = len(changes) - worse - better
     print(f"{len(changes)} figures: {worse} worse and {better} better beyond the spread of both, {same} the same")
-    return int(worse > 0)
+    return int(worse > 0 or bool(lost))
 
 
 def _install(options: argparse.Namespace) -> None:

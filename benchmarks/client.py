@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / ".bench"
 """Where environments and converted models are kept; never committed."""
 REQUIREMENTS = Path(__file__).parent / "environments"
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
 class Worker:
@@ -135,8 +135,10 @@ def install(engine: str) -> None:
     """Make an environment for an engine, or bring it up to date.
 
     Raises:
-        EngineError: pip failed.
+        EngineError: It needs none, or pip failed.
     """
+    if engine not in separate_engines():
+        raise EngineError(f"install {engine}: none of the engines with an environment: {', '.join(separate_engines())}")
     own = _own_python(engine)  # not yet there, perhaps, and nothing may go into the environment that runs now instead
     commands = [
         [sys.executable, "-m", "venv", str(own.parents[1])],

@@ -1,5 +1,6 @@
 """Two results files side by side: what got worse, or better, by more than the spread of both."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,19 @@ def compare(old: Sequence[Result], new: Sequence[Result]) -> list[Change]:
         if result.key in before and result.benchmark != "growth"
         for name, figure in result.figures.items()
         if name in SENSES and name in before[result.key].figures
+    ]
+
+
+def lacking(old: Sequence[Result], new: Sequence[Result]) -> list[str]:
+    """Figures that would be compared but that the new file lacks, though it has the same measurement of some engine."""
+    after = {result.key: result.figures for result in new}
+    made = {dataclasses.replace(result, engine="", variant="").key for result in new if result.benchmark != "growth"}
+    return [
+        f"{_name(result)}: {name}"
+        for result in old
+        if dataclasses.replace(result, engine="", variant="").key in made
+        for name in result.figures
+        if name in SENSES and name not in after.get(result.key, {})
     ]
 
 

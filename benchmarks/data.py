@@ -17,6 +17,8 @@ LENGTHS = {"short": (6, 14), "medium": (40, 120), "long": (180, 400), "spread": 
 """Fewest and most words of a text of each kind: a query or title, a paragraph, a page."""
 DOCUMENTS = "documents"
 """Another kind: whole ones of a corpus."""
+BATCH = 32
+"""Texts or pairs that an engine is told to run together, where nothing else is said."""
 AS_IT_COMES, SORTED = "as it comes", "by length"
 """Orders of texts; the latter spares engines that don't sort them themselves their padding."""
 

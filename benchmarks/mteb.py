@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from benchmarks.engines.ours import PACKAGES
 from benchmarks.errors import DataError, EngineError
-from benchmarks.machine import versions
 from benchmarks.results import Figure, Journal, Result
+from benchmarks.worker import versions
 from runtime import Embedder
 
 

@@ -7,11 +7,11 @@ from typing import Any
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure as Canvas
 
-from benchmarks.results import Result
+from benchmarks.data import AS_IT_COMES
+from benchmarks.results import QUALITY, Result
 
 RC = {"svg.fonttype": "none", "svg.hashsalt": "bge-onnx", "font.size": 8, "axes.grid": True, "grid.alpha": 0.3}
 """Text stays text, and the same results give the same file."""
-QUALITY = {"sts": "spearman", "retrieval": "nDCG@10"}
 
 Engine = tuple[str, str]
 
@@ -50,13 +50,13 @@ def quality(results: Iterable[Result]) -> Canvas | None:
     speeds = {
         _engine(r): r.figures["ratio"].median
         for r in held
-        if r.benchmark == "bulk" and {"texts": "medium", "order": "as it comes"}.items() <= r.settings.items()
+        if r.benchmark == "bulk" and {"texts": "medium", "order": AS_IT_COMES}.items() <= r.settings.items()
         if "ratio" in r.figures
     }
     panels: dict[str, dict[Engine, float]] = {}
     for r in held:
         if r.benchmark in QUALITY and _engine(r) in speeds:
-            metric = QUALITY[r.benchmark]
+            metric = next(iter(QUALITY[r.benchmark]))
             panels.setdefault(f"{r.settings['data']} {metric}", {})[_engine(r)] = r.figures[metric].median
     if not panels:
         return None
@@ -73,7 +73,7 @@ def length(results: Iterable[Result]) -> Canvas | None:
     """Tokens a second against the mean tokens of a text."""
     held = list(results)
     grown = [r for r in held if r.benchmark == "growth" and r.settings["by"] == "words"]
-    bulk = [r for r in held if r.benchmark == "bulk" and r.settings["order"] == "as it comes"]
+    bulk = [r for r in held if r.benchmark == "bulk" and r.settings["order"] == AS_IT_COMES]
     curves: dict[Engine, list[tuple[float, float]]] = {}
     for r in grown or bulk:
         curves.setdefault(_engine(r), []).append((r.figures["tokens"].median, r.figures["tokens/s"].median))

@@ -11,14 +11,13 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from benchmarks.client import Worker, prepared
-from benchmarks.data import Beir, Pairs
+from benchmarks.data import BATCH, Beir, Pairs
 from benchmarks.engines import SAME_ANSWERS
 from benchmarks.errors import EngineError
 from benchmarks.results import Figure, Journal, Result
 from benchmarks.subject import BASELINE
 from benchmarks.worker import Job
 
-BATCH = 32
 CANDIDATES = 100
 """How many documents the first stage finds, and the second sorts again."""
 CHUNK = 2000

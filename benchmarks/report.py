@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.data import AS_IT_COMES, DOCUMENTS, SORTED
+from benchmarks.data import AS_IT_COMES, BATCH, DOCUMENTS, LENGTHS, SORTED
 from benchmarks.errors import DataError
 from benchmarks.plots import draw
-from benchmarks.results import Figure, Result, newest, read_results
+from benchmarks.results import QUALITY, RATE, Figure, Result, newest, read_results
 from benchmarks.subject import BASELINE
 
 MARKERS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
@@ -20,12 +20,7 @@ TITLES = {
     "openvino": "OpenVINO",
     "flashrank": "FlashRank",
 }
-QUALITY = {
-    "sts": {"spearman": "Spearman × 100", "cosine mean": "mean cosine", "cosine min": "least cosine"},
-    "retrieval": {name: name for name in ("nDCG@10", "R@100", "MRR@10")},
-}
-"""Figures by benchmark, and what tables call them; the first of each stands in the README."""
-KINDS = {"short": "6–14 words", "medium": "40–120 words", "long": "180–400 words", DOCUMENTS: "documents"}
+KINDS = {kind: f"{low}–{high} words" for kind, (low, high) in LENGTHS.items()} | {DOCUMENTS: "documents"}
 
 Row = Sequence[str]
 Show = Callable[[Figure, Figure | None], str]
@@ -41,7 +36,7 @@ class Column:
     figure: str
     show: Show
     settings: dict[str, Any] = field(default_factory=dict)
-    """Those that pick a result; it may have more."""
+    """Those that pick a result, None for one that it must not have; it may have others."""
 
     def of(self, results: Iterable[Result], model: str, engine: str, variant: str) -> Figure | None:
         """The figure of an engine, if that was measured."""
@@ -51,7 +46,7 @@ class Column:
                 model,
                 engine,
                 variant,
-            ) and self.settings.items() <= result.settings.items():
+            ) and all(result.settings.get(name) == value for name, value in self.settings.items()):
                 return result.figures.get(self.figure)
         return None
 
@@ -152,24 +147,21 @@ def write_report(results: Sequence[Result], folder: Path) -> list[Path]:
 
 def full_report(results: Sequence[Result], plots: Sequence[str]) -> str:
     """Every table, and images of some files beside it."""
-    peaks = [
-        f"{name} {spread(figure)} with {result.settings['threads']} threads"
-        for result in results
-        if result.benchmark == "roofline"
-        for name, figure in result.figures.items()
-    ]
-    parts = ["# Benchmarks", _origin(results), f"Peak of matrix products, 10⁹ operations a second: {'; '.join(peaks)}."]
+    results, peaks = _with_shares(results)
+    parts = ["# Benchmarks", _origin(results), f"Peak, {PEAK}, in 10⁹ operations a second: {'; '.join(peaks)}."]
     for model in _models(results):
         for title, columns in (
             (f"**Speed**, {RATIO}", _speed(results)),
             ("**Texts (or pairs) a second**", _bulk(results, "texts/s")),
             ("**Tokens a second**, those of padding not counted", _bulk(results, "tokens/s")),
+            ("**Share of the time in which the GPU was busy**, by nvidia-smi", _bulk(results, "gpu busy")),
             (f"**Cost and quality**, {COST}", _cost(results)),
             ("**Milliseconds for one short text**, by callers at once", _latency(results)),
             *((f"**Tokens a second by {by}**", _growth(results, by)) for by in ("words", "batch", "texts", "threads")),
             ("**Quality**, and what is retained of torch fp32's", _quality(results, first=False)),
         ):
             parts += _engines(results, model, f"## {model}\n\n{title}:" if "Speed" in title else f"{title}:", columns)
+            parts += _lengths(results, model) if "Speed" in title else []
     parts += [*_two_stages(results), *_retriever(results)]
     return "\n\n".join([*parts, *(f"![{name}]({name})" for name in plots)]) + "\n"
 
@@ -255,7 +247,34 @@ def retained(figure: Figure, baseline: Figure | None) -> str:
 
 
 RATIO = "times that of sentence-transformers in torch fp32, in brackets the least and the greatest of all runs"
-COST = "peak: of the machine's own matrix products in the same precision; in brackets what is retained of torch fp32's"
+PEAK = "the most that a large matrix product, or else any engine, ever reached in the same precision on as many threads"
+COST = f"share: of {PEAK}; in brackets what is retained of torch fp32's"
+
+
+def _with_shares(results: Sequence[Result]) -> tuple[list[Result], list[str]]:
+    """The results with each engine's share ``of peak``, and the peaks in words.
+
+    Machines are noisy, and what an engine has reached the machine can: so the greatest of all is the peak.
+    """
+    peaks: dict[tuple[str, ...], float] = {}
+    for result in sorted(results, key=lambda held: held.benchmark != "roofline"):
+        for place, figure in _rates(result):
+            if result.benchmark == "roofline" or place in peaks:
+                peaks[place] = max(figure.high, peaks.get(place, 0))
+    shared = []
+    for result in results:
+        shares = [("of peak", figure.over(peaks[place])) for place, figure in _rates(result) if place in peaks]
+        shared.append(dataclasses.replace(result, figures=result.figures | dict(shares)))
+    words = [f"{precision} {_digits(peak)} with {threads} threads" for (precision, threads, *_), peak in peaks.items()]
+    return shared, words
+
+
+def _rates(result: Result) -> Iterator[tuple[tuple[str, ...], Figure]]:
+    """The operations a second that it holds, each with what must be equal for others to be set against it."""
+    for name, figure in result.figures.items():
+        if result.benchmark == "roofline" or name.endswith(RATE):
+            place = [str(result.settings.get(of)) for of in ("threads", "device")]
+            yield (name.removesuffix(RATE), *place, str(result.machine)), figure
 
 
 def _headline(results: Sequence[Result]) -> list[Column]:
@@ -272,28 +291,49 @@ def _headline(results: Sequence[Result]) -> list[Column]:
 
 
 def _speed(results: Sequence[Result]) -> list[Column]:
-    callers = sorted({r.settings["callers"] for r in results if r.benchmark == "latency"})
     latencies = [
-        Column("one query" if n == 1 else f"of {n} callers at once", "latency", "ratio", spread, {"callers": n})
-        for n in callers
+        Column(
+            "one query" if n == 1 else f"{n} callers, {compared}" if compared else f"of {n} callers at once",
+            "latency",
+            "ratio",
+            spread,
+            {"callers": n, "compared": compared},
+        )
+        for n, compared in _callers(results)
     ]
     return [*_bulk(results, "ratio"), *latencies, Column("cold start", "cold", "ratio", spread)]
 
 
 def _bulk(results: Sequence[Result], figure: str) -> list[Column]:
-    """As the texts come, and sorted by length beforehand where that was measured."""
+    """As the texts come, and sorted by length beforehand or in batches of another size where that was measured."""
+    batches = sorted({r.settings["batch"] for r in results if r.benchmark == "bulk"})
     return [
-        Column(f"{words}{note}", "bulk", figure, spread, {"texts": kind, "order": order})
+        Column(
+            f"{words}{note}{'' if batch == BATCH else f', batches of {batch}'}",
+            "bulk",
+            figure,
+            spread,
+            {"texts": kind, "order": order, "batch": batch},
+        )
         for order, note in ((AS_IT_COMES, ""), (SORTED, ", sorted"))
         for kind, words in KINDS.items()
+        for batch in batches
     ]
+
+
+def _lengths(results: Sequence[Result], model: str) -> list[str]:
+    """How long its texts are in tokens, which isn't what their words suggest where the model can't read on."""
+    held = [r for r in results if (r.benchmark, r.model) == ("bulk", model) and "tokens" in r.figures]
+    means = {KINDS[r.settings["texts"]]: median(r.figures["tokens"]) for r in held}
+    listed = ", ".join(f"{kind} {tokens}" for kind, tokens in means.items())
+    return [f"Mean tokens of a text, cut at the most that the model takes: {listed}."] if held else []
 
 
 def _cost(results: Sequence[Result]) -> list[Column]:
     medium = {"texts": "medium", "order": AS_IT_COMES}
     return [
         Column("texts/s", "bulk", "texts/s", median, medium),
-        Column("peak", "bulk", "share", percent, medium),
+        Column("share", "bulk", "of peak", percent, medium),
         Column("ms a query", "latency", "p50 ms", median, {"callers": 1}),
         Column("s to the first", "cold", "seconds", median),
         Column("MB RAM", "cold", "peak MB", median),
@@ -303,12 +343,17 @@ def _cost(results: Sequence[Result]) -> list[Column]:
 
 
 def _latency(results: Sequence[Result]) -> list[Column]:
-    callers = sorted({r.settings["callers"] for r in results if r.benchmark == "latency"})
     return [
-        Column(f"{n}: {name.removesuffix(' ms')}", "latency", name, median, {"callers": n})
-        for n in callers
+        Column(f"{n}: {name.removesuffix(' ms')}", "latency", name, median, {"callers": n, "compared": compared})
+        for n, compared in _callers(results)
         for name in ("p50 ms", "p95 ms", "p99 ms", "queries/s")
     ]
+
+
+def _callers(results: Sequence[Result]) -> list[tuple[int, str | None]]:
+    """How many asked at once, and what they are compared by: medians where nothing is named."""
+    found = {(r.settings["callers"], r.settings.get("compared")) for r in results if r.benchmark == "latency"}
+    return sorted(found, key=lambda held: (held[0], held[1] or ""))
 
 
 def _growth(results: Sequence[Result], by: str) -> list[Column]:
@@ -356,7 +401,7 @@ def _two_stages(results: Sequence[Result]) -> list[str]:
     metrics = tuple(QUALITY["retrieval"])
     rows = []
     for result in held:
-        model, engine, variant = result.settings["embedder"].split(" ")
+        model, engine, variant = result.settings["embedder"].rsplit(" ", 2)
         figures = {name: f"{figure.median:.4f}" for name, figure in result.figures.items()}
         cells = [figures.get(f"{stage}{name}", "") for name in metrics for stage in ("first ", "")]
         second = f"{result.model}, {_engine(result.engine, result.variant)}"

@@ -14,6 +14,13 @@ from benchmarks.errors import DataError
 
 SCHEMA = 1
 """Of a line; one that this code can't read any more gets another number."""
+QUALITY = {
+    "sts": {"spearman": "Spearman × 100", "cosine mean": "mean cosine", "cosine min": "least cosine"},
+    "retrieval": {name: name for name in ("nDCG@10", "R@100", "MRR@10")},
+}
+"""Figures by benchmark, and what tables call them, the most telling one first."""
+RATE = " Gop/s"
+"""Ends the name of a figure that counts operations of matrix products, after their precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,10 @@ class Figure:
         median = float(f"{statistics.median(part.median for part in parts):.6g}")
         low, high = min(part.low for part in parts), max(part.high for part in parts)
         return cls(median, low, high, sum(part.runs for part in parts))
+
+    def over(self, value: float) -> "Figure":
+        """As a share of a value."""
+        return Figure(self.median / value, self.low / value, self.high / value, self.runs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from benchmarks.data import LENGTHS, sample_texts
 from benchmarks.engines.ours import PACKAGES
-from benchmarks.machine import versions
 from benchmarks.results import Figure, Journal, Result
+from benchmarks.worker import versions
 from runtime import Embedder, Reranker, Retriever
 
 QUERIES = 30

@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,19 @@ from typing import Any
 import numpy as np
 
 from benchmarks.client import Worker, name_of, prepared
-from benchmarks.data import AS_IT_COMES, DOCUMENTS, LENGTHS, SORTED, sample_texts
+from benchmarks.data import AS_IT_COMES, BATCH, DOCUMENTS, LENGTHS, SORTED, sample_texts
 from benchmarks.errors import EngineError
-from benchmarks.machine import gpu_use, peaks, versions
-from benchmarks.results import Figure, Journal, Result
+from benchmarks.machine import gpu_use, peaks
+from benchmarks.results import RATE, Figure, Journal, Result
 from benchmarks.subject import BASELINE, Subject, size_mb
-from benchmarks.worker import Job
+from benchmarks.worker import Job, versions
 from runtime.manifest import TOKENIZER
 from runtime.tokenizer import Tokenizer
 
-BATCH = 32
 WORDS = (8, 16, 32, 64, 128)
 """Of the texts that show how cost grows with length."""
+PAUSE = 0.1
+"""Seconds between turns: ONNX Runtime's threads look for more work some 40 ms after the last, at others' expense."""
 
 Sample = dict[str, float]
 """Figures of one engine in one round; ``seconds`` is what ratios are made of."""
@@ -39,43 +42,44 @@ class Profile:
     rounds: int
     """How often the engines take turns after each start."""
     bulk: tuple[tuple[Any, ...], ...]
-    """Kinds of texts, one of ``LENGTHS`` or ``documents``, how many, in which order, and perhaps a batch's size."""
+    """Kinds of texts, one of ``LENGTHS`` or ``documents``, how many, in which order, and perhaps a batch's size.
+
+    More than a batch where lengths differ, since some engines sort.
+    """
     callers: tuple[int, ...]
     """How many ask at once, in the order of measuring."""
     queries: int
-    """How many queries' latencies make a round."""
+    """How many queries of a single caller make a round."""
     indexed: int
     """Texts that the retriever indexes."""
     reranked: int
     """Queries whose nearest documents a reranker sorts."""
     growth: bool = False
     """Whether to measure how cost grows with length, batch, corpus and threads."""
+    each: int = 20
+    """How many queries of each of several callers make a round."""
     operations: float = inf
     """Most of a call in bulk; larger models get fewer texts, but a batch at least."""
 
 
 PROFILES = {
     "quick": Profile(
-        starts=2,
-        rounds=3,
-        bulk=(("short", 128, AS_IT_COMES), ("medium", 32, AS_IT_COMES), ("long", 12, AS_IT_COMES)),
+        starts=3,
+        rounds=2,
+        bulk=(("short", 128, AS_IT_COMES), ("medium", 128, AS_IT_COMES), ("long", 12, AS_IT_COMES)),
         callers=(1, 16),
         queries=48,
+        each=6,
         indexed=5_000,
         reranked=5,
     ),
     "full": Profile(
         starts=2,
         rounds=3,
-        bulk=(
-            ("short", 192, AS_IT_COMES),
-            ("medium", 64, AS_IT_COMES),
-            ("medium", 64, SORTED),
-            ("long", 16, AS_IT_COMES),
-        ),
-        callers=(1, 4, 16),
+        bulk=(("short", 128, AS_IT_COMES), ("medium", 96, AS_IT_COMES), ("long", 16, AS_IT_COMES)),
+        callers=(1, 16),
         queries=48,
-        indexed=20_000,
+        indexed=10_000,
         reranked=25,
         growth=True,
     ),
@@ -126,49 +130,51 @@ class Load:
     settings: dict[str, Any]
     measure: Measure
     once: bool = False
-    """Whether it can be measured only once a start, with nothing to warm up."""
+    """Whether it can be measured only once a start."""
+    warm: bool = False
+    """Whether no round has to go before that only warms up."""
 
 
 def measure_speed(bench: Bench) -> None:
-    """Measure the machine's peak, then cold start and memory, throughput, latency and growth of all engines.
+    """Measure cold start and memory, throughput, latency and growth of all engines, and the machine's peak in between.
 
     Whatever an engine has done in a start's rounds is recorded at once, and isn't measured again if the journal has it.
     """
     profile = bench.profile
     for start in range(profile.starts):
-        peak = _roofline(bench, start)
+        _roofline(bench, 2 * start)
         loads = [
-            _bulk(bench, peak, "bulk", {"texts": kind, "order": order}, _inputs(bench, kind, count), *batch)
+            _bulk(bench, "bulk", {"texts": kind, "order": order}, _inputs(bench, kind, count), *batch)
             for kind, count, order, *batch in profile.bulk
             if bench.corpus or kind != DOCUMENTS
         ]
         loads += [_latency(bench, callers) for callers in profile.callers]
         _take_turns(bench, [_cold_start(bench), *loads], start)
+        _roofline(bench, 2 * start + 1)
     if profile.growth:
         _growth(dataclasses.replace(bench, profile=dataclasses.replace(profile, rounds=1)))
 
 
 def _growth(bench: Bench) -> None:
     """Throughput by length, batch, number of texts and threads, a single round of each."""
-    peak = _roofline(bench, bench.profile.starts)
     medium = _inputs(bench, "medium", BATCH)
 
     def grow(by: str, value: int, inputs: list[Any], batch: int = BATCH, bench: Bench = bench) -> Load:
-        return _bulk(bench, peak, "growth", {"by": by, "value": value}, inputs, batch)
+        return _bulk(bench, "growth", {"by": by, "value": value}, inputs, batch)
 
     threads = bench.jobs[0].threads
     loads = [grow("words", words, _inputs(bench, (words, words), max(BATCH, 1024 // words))) for words in WORDS]
     loads += [grow("batch", batch, medium, batch) for batch in (1, 8, 32)]
-    loads += [grow("texts", count, _inputs(bench, "short", count)) for count in (32, 128, 512)]
+    loads += [grow("texts", count, _inputs(bench, "short", count)) for count in (32, 128, 256)]
     _take_turns(bench, [*loads, grow("threads", threads, medium)])
     while threads := threads // 2:
         fewer = dataclasses.replace(bench, jobs=[dataclasses.replace(job, threads=threads) for job in bench.jobs])
+        _roofline(fewer, 0)
         _take_turns(fewer, [grow("threads", threads, medium, bench=fewer)])
 
 
 def _bulk(
     bench: Bench,
-    peak: dict[str, float],
     benchmark: str,
     settings: dict[str, Any],
     inputs: list[Any],
@@ -185,29 +191,32 @@ def _bulk(
         with gpu_use(worker.job.device) as busy:
             seconds = worker.ask("bulk", inputs=inputs, batch=batch)["seconds"]
         sample = {"seconds": seconds, "texts/s": count / seconds, "tokens/s": sum(tokens) / seconds}
-        roof = peak.get(_precision(worker.job))
-        share = {"share": work / seconds / roof / 1e9} if work and roof else {}
-        return sample | {"tokens": sum(tokens) / count} | share | ({"gpu busy": float(np.mean(busy))} if busy else {})
+        rate = {f"{_precision(worker.job)}{RATE}": work / seconds / 1e9} if work else {}
+        return sample | {"tokens": sum(tokens) / count} | rate | ({"gpu busy": float(np.mean(busy))} if busy else {})
 
     return Load(benchmark, settings | {"batch": batch, "count": count} | bench.jobs[0].place, measure)
 
 
 def _latency(bench: Bench, callers: int) -> Load:
-    """Short texts one by one, from several callers at once."""
+    """Short texts one by one; what counts is a single caller's median, or how many queries several get answered."""
+    several = callers > 1
     inputs = _inputs(bench, "short", bench.profile.queries)
+    if several:  # the same ones, which a single caller has warmed up
+        inputs = list(islice(cycle(inputs), bench.profile.each * callers))
 
     def measure(worker: Worker) -> Sample:
         answer = worker.ask("latency", inputs=inputs, callers=callers)
         p50, p95, p99 = np.percentile(answer["times"], (50, 95, 99))
         return {
-            "seconds": float(p50),
+            "seconds": answer["seconds"] / len(inputs) if several else float(p50),
             "p50 ms": 1000 * float(p50),
             "p95 ms": 1000 * float(p95),
             "p99 ms": 1000 * float(p99),
             "queries/s": len(inputs) / answer["seconds"],
         }
 
-    return Load("latency", {"callers": callers} | bench.jobs[0].place, measure)
+    compared = {"compared": "queries/s"} if several else {}
+    return Load("latency", {"callers": callers} | compared | bench.jobs[0].place, measure, warm=several)
 
 
 def _cold_start(bench: Bench) -> Load:
@@ -219,7 +228,7 @@ def _cold_start(bench: Bench) -> Load:
         cost = {"peak MB": worker.ask("memory")["peak_mb"], "disk MB": size_mb(worker.job)}
         return {"seconds": worker.cold_s, "load s": worker.load_s, **cost}
 
-    return Load("cold", bench.jobs[0].place, measure, once=True)
+    return Load("cold", bench.jobs[0].place, measure, once=True, warm=True)
 
 
 def _take_turns(bench: Bench, loads: Sequence[Load], start: int = 0) -> None:
@@ -230,6 +239,7 @@ def _take_turns(bench: Bench, loads: Sequence[Load], start: int = 0) -> None:
         workers = {}
         for job in bench.jobs:
             bench.progress(f"starting {name_of(job)}", 0)
+            time.sleep(PAUSE)
             try:
                 workers[job] = stack.enter_context(Worker(prepared(job)))
             except EngineError as error:
@@ -246,19 +256,22 @@ def _rounds(bench: Bench, load: Load, workers: dict[Job, Worker]) -> None:
     """A B B A A B …: one load, several rounds of all engines, and a result for each; one that fails is dropped."""
     samples: dict[Job, list[Sample]] = {job: [] for job in workers}
     words = " ".join(str(value) for value in (load.benchmark, *load.settings.values()))
-    rounds = 1 if load.once else bench.profile.rounds + 1  # the first one only warms up
+    first = 0 if load.warm else 1  # what goes before only warms up
+    rounds = first + (1 if load.once else bench.profile.rounds)
     for number in range(rounds):
         for job in list(samples)[:: 1 if number % 2 else -1]:
             bench.progress(f"{words}: {name_of(job)}", number / rounds)
+            time.sleep(PAUSE)
             try:
                 samples[job].append(load.measure(workers[job]))
             except EngineError as error:
                 bench.left_out(error)
                 del samples[job], workers[job]
-    timed = {job: held if load.once else held[1:] for job, held in samples.items()}
+    timed = {job: held[first:] for job, held in samples.items()}
     baseline = next((held for job, held in timed.items() if (job.engine, job.variant) == BASELINE), None)
     for job, held in timed.items():
-        figures = {name: Figure.of([sample[name] for sample in held]) for name in held[0]}
+        names = dict.fromkeys(name for sample in held for name in sample)  # a short round has no reading of the GPU's
+        figures = {name: Figure.of([sample[name] for sample in held if name in sample]) for name in names}
         if baseline:
             figures["ratio"] = _ratio(baseline, held)
         if job.engine == "ours":
@@ -271,16 +284,13 @@ def _ratio(theirs: Sequence[Sample], ours: Sequence[Sample]) -> Figure:
     return Figure.of([a["seconds"] / b["seconds"] for a, b in zip(theirs, ours, strict=True)])
 
 
-def _roofline(bench: Bench, start: int) -> dict[str, float]:
-    """The machine's peaks in 10⁹ operations a second, by precision; anew at each start, as it is noisy."""
-    job = bench.jobs[0]
-    result = Result(benchmark="roofline", engine="machine", variant="", model="", settings=job.place, figures={})
-    held = [measured for measured in bench.journal.results if measured.key == result.key]
-    if len(held) <= start:
-        figures = {name: Figure.of(rate) for name, rate in peaks(job.threads, job.device).items()}
-        held.append(bench.journal.add(result.filled(figures, versions(("onnxruntime", "numpy")))))
-        bench.found(held[-1])
-    return {name: figure.median for name, figure in held[min(start, len(held) - 1)].figures.items()}
+def _roofline(bench: Bench, number: int) -> None:
+    """The machine's peaks in 10⁹ operations a second, by precision: several times a run, as it is noisy."""
+    place, model = bench.jobs[0].place, bench.subject.manifest.name
+    result = Result(benchmark="roofline", engine="machine", variant="", model=model, settings=place, figures={})
+    if bench.journal.count(result) <= number:
+        figures = {name: Figure.of(rate) for name, rate in peaks(bench.jobs[0].threads, bench.jobs[0].device).items()}
+        bench.found(bench.journal.add(result.filled(figures, versions(("onnxruntime", "numpy")))))
 
 
 def _result(bench: Bench, job: Job, load: Load) -> Result:
@@ -340,6 +350,9 @@ def _operations(subject: Subject, tokens: Sequence[int]) -> float:
     inner = config.get("intermediate_size", config.get("hidden_dim"))
     if not (hidden and layers and inner):
         return 0
-    linear = 2 * (4 * hidden * hidden + 2 * hidden * inner) * sum(tokens)
-    attention = 4 * hidden * sum(count * count for count in tokens)
-    return float(layers * (linear + attention))
+    modern = config.get("model_type") == "modernbert"  # its FFN is gated, and most layers see a window of tokens alone
+    linear = 2 * (4 * hidden * hidden + (3 if modern else 2) * hidden * inner) * sum(tokens)
+    wide = -(-layers // config.get("global_attn_every_n_layers", 3)) if modern else layers
+    window = config.get("local_attention", 128)
+    seen = sum(wide * count * count + (layers - wide) * count * min(count, window) for count in tokens)
+    return float(layers * linear + 4 * hidden * seen)

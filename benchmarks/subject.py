@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks import engines as modules
-from benchmarks.client import HOME
-from benchmarks.engines import ENGINES
+from benchmarks.client import HOME, REQUIREMENTS
+from benchmarks.engines import ENGINES, plain
+from benchmarks.engines.openvino import CALIBRATION
 from benchmarks.errors import EngineError
-from benchmarks.worker import Job
+from benchmarks.worker import Job, versions
 from export.errors import ExportError
 from export.source import resolve_source
-from runtime.manifest import Manifest, load_manifest
+from runtime.manifest import Manifest, describe_file, load_manifest
 from runtime.session import provider_of
 
 BASELINE = ("sentence_transformers", "fp32")
@@ -36,7 +37,7 @@ def open_subject(artifact: Path, checkpoint: str | None = None) -> Subject:
     Args:
         artifact: What ``python -m export`` wrote.
         checkpoint: A folder, or anything else that ``python -m export --model`` takes; by default the artifact's name,
-            if that is in the catalog and can be had.
+            if that is in the catalog, can be had, and has the weights it was made of.
 
     Raises:
         ArtifactError: It is no artifact.
@@ -44,12 +45,14 @@ def open_subject(artifact: Path, checkpoint: str | None = None) -> Subject:
     """
     manifest = load_manifest(artifact)
     try:
-        folder = resolve_source(checkpoint or manifest.name).folder
+        found = resolve_source(checkpoint or manifest.name)
     except ExportError:
         if checkpoint:
             raise
-        folder = None
-    return Subject(artifact.resolve(), manifest, folder)
+        return Subject(artifact.resolve(), manifest, None)
+    made_of = manifest.source.checksums
+    same = checkpoint or all(made_of.get(path.name) == describe_file(path).sha256 for path in found.weight_files())
+    return Subject(artifact.resolve(), manifest, found.folder if same else None)
 
 
 def plan_jobs(
@@ -119,11 +122,16 @@ def _job(subject: Subject, engine: str, variant: str, threads: int, device: Lite
 
 
 def _fingerprint(checkpoint: Path, engine: str) -> str:
-    """Another one whenever a file of the checkpoint or the code that converts it changes: no stale one is measured."""
+    """Another one whenever the checkpoint changes or what converts it, tools included: no stale one is measured."""
     stats = [(path.name, path.stat()) for path in sorted(checkpoint.iterdir()) if path.is_file()]
     made_of = hashlib.sha256(repr([(name, s.st_size, s.st_mtime_ns) for name, s in stats]).encode())
-    for module in ("optimum", engine):  # every conversion starts from optimum's export
-        made_of.update((Path(modules.__file__).parent / f"{module}.py").read_bytes())
+    for name in ("optimum", engine):  # every conversion starts from optimum's export
+        own = REQUIREMENTS / f"{name}.txt"
+        tools = (
+            own.read_text("utf-8") if own.exists() else versions(import_module(f"benchmarks.engines.{name}").PACKAGES)
+        )
+        made_of.update(repr(tools).encode() + (Path(modules.__file__).parent / f"{name}.py").read_bytes())
+    made_of.update(Path(plain.__file__).read_bytes() + CALIBRATION.read_bytes())
     return made_of.hexdigest()[:12]
 
 
@@ -134,6 +142,9 @@ def size_mb(job: Job) -> float:
         variant = manifest.variants[job.variant]
         names = [variant.file, *([variant.data] if variant.data else [])]
         return sum(manifest.files[name].size for name in names) / 1e6
-    patterns = ("*.onnx", "*.onnx_data", "*.bin", "*.safetensors")
-    files = {path for pattern in patterns for path in Path(job.source).rglob(pattern)}
-    return sum(path.stat().st_size for path in files) / 1e6
+    folder = Path(job.source)
+    if job.source == job.checkpoint:  # what torch loads of it: a single format, and none of the graphs beside it
+        found = [*folder.rglob("*.safetensors")] or [*folder.rglob("pytorch_model*.bin")]
+    else:
+        found = [path for pattern in ("*.onnx", "*.onnx_data", "*.bin") for path in folder.rglob(pattern)]
+    return sum(path.stat().st_size for path in found) / 1e6

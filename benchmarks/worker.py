@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -72,7 +73,7 @@ def serve(job: Job) -> None:
             loaded = time.perf_counter()
             run([WARM[job.kind]], 1)
             times = {"load_s": loaded - start, "first_s": time.perf_counter() - loaded}
-            answer({**times, "versions": _versions(engine.PACKAGES)})
+            answer({**times, "versions": versions(engine.PACKAGES)})
         except ImportError as error:
             answer({"missing": str(error)})
         except Exception as error:  # anything that an engine may raise
@@ -98,17 +99,24 @@ def bulk(run: Run, inputs: list[Any], batch: int) -> dict[str, float]:
 
 
 def latency(run: Run, inputs: list[Any], callers: int) -> dict[str, Any]:
-    """Seconds for each input alone, with several callers at once, and for all together."""
+    """Seconds for each input alone, of several callers who ask again at once, and for all together.
 
-    def call(item: object) -> float:
-        start = time.perf_counter()
-        run([item], 1)
-        return time.perf_counter() - start
+    Each works off a share of its own, and a call lasts from the end of its caller's last one, so that waiting for a
+    turn isn't left out.
+    """
+
+    def work(share: list[Any]) -> list[float]:
+        ends = [start]
+        for item in share:
+            run([item], 1)
+            ends.append(time.perf_counter())
+        return [end - last for last, end in pairwise(ends)]
 
     with ThreadPoolExecutor(callers) as pool:
         start = time.perf_counter()
-        times = list(pool.map(call, inputs))
-        return {"times": times, "seconds": time.perf_counter() - start}
+        shares = list(pool.map(work, [inputs[first::callers] for first in range(callers)]))
+        seconds = time.perf_counter() - start
+    return {"times": list(chain(*shares)), "seconds": seconds}
 
 
 def answers(run: Run, inputs: list[Any], batch: int, path: str) -> dict[str, Any]:
@@ -141,7 +149,8 @@ def _failure(error: Exception) -> dict[str, str]:
     return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
 
 
-def _versions(packages: Sequence[str]) -> dict[str, str]:
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of those of some packages that are installed."""
     found = {}
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):

@@ -1,30 +1,36 @@
 """What the benchmarks read, keep and report: malformed data is named, nothing measured is lost, the README is true."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 
-from benchmarks import client
+from benchmarks import client, speed, worker
+from benchmarks import subject as subject_module
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
 from benchmarks.data import read_beir, read_sts, sample_texts
-from benchmarks.engines import plain
+from benchmarks.engines import fastembed, flashrank, plain
 from benchmarks.errors import DataError
 from benchmarks.mteb import mteb_encoder
 from benchmarks.report import full_report, int8_table, newest_results, readme_section, section, update_readme
 from benchmarks.results import Figure, Journal, Result, newest, read_results
 from benchmarks.speed import PROFILES, Bench, Profile, measure_speed
-from benchmarks.subject import open_subject, plan_jobs
+from benchmarks.subject import open_subject, plan_jobs, size_mb
 from benchmarks.worker import Job
 from runtime import Embedder
 
@@ -57,6 +63,9 @@ def beir(tmp_path):
         return tmp_path
 
     return write
+
+
+MACHINE = {"cpu": "a", "cores": 2, "instructions": [], "memory_gb": 1, "system": "b"}
 
 
 def result(median: float, low: float | None = None, high: float | None = None, **changes) -> Result:
@@ -180,9 +189,100 @@ def test_compare_fails_on_a_regression_alone(tmp_path, capsys, new, code):
     assert f"{code} worse" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("new", "says"),
+    [
+        ([result(2.0)], "missing: tiny optimum int8 bulk threads=1: ratio"),  # an engine that failed meanwhile
+        ([result(2.0), result(0, engine="optimum", figures={})], "missing: tiny optimum int8 bulk threads=1: ratio"),
+        ([result(2.0), result(2.0, engine="optimum")], "0 worse"),
+    ],
+)
+def test_compare_fails_where_an_engine_or_a_figure_is_missing(tmp_path, capsys, new, says):
+    elsewhere = result(2.0, settings={"threads": 2})  # which the new run wasn't asked for
+    for name, results in (("old", [result(2.0), result(2.0, engine="optimum"), elsewhere]), ("new", new)):
+        journal = Journal(tmp_path / name)
+        for held in results:
+            journal.add(held)
+    said = (main(["compare", str(tmp_path / "old"), str(tmp_path / "new")]), capsys.readouterr().out)
+    assert said[0] == ("missing" in says)
+    assert says in said[1]
+    assert "threads=2" not in said[1]
+
+
 def test_the_readmes_figures_are_those_of_the_results_file():
     results = newest_results(RESULTS)
     assert readme_section(ROOT / "README.md") == section(results, RESULTS.relative_to(ROOT).as_posix())
+
+
+def test_each_caller_asks_again_at_once_and_no_waiting_is_left_out(monkeypatch):
+    """By a clock that ticks when it is read: once after each call, so that nothing lies between two of them."""
+    together, shares, inputs = threading.Barrier(4, timeout=30), {}, list(range(12))
+
+    def run(texts, batch):
+        together.wait()
+        shares.setdefault(threading.get_ident(), []).extend(texts)
+
+    worker.latency(run, inputs, 4)
+    assert sorted(shares.values()) == [inputs[first::4] for first in range(4)]
+    ticks = itertools.count()
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    assert worker.latency(lambda texts, batch: None, inputs, 1) == {"times": [1] * 12, "seconds": 13}
+
+
+def test_of_several_callers_what_counts_is_how_many_queries_are_answered(tiny_artifact, tmp_path):
+    journal = Journal(tmp_path / "results.jsonl")
+    profile = dataclasses.replace(SMALL, bulk=(), callers=(1, 3), rounds=1, each=2)
+    subject = open_subject(tiny_artifact)
+    measure_speed(
+        Bench(subject=subject, jobs=plan_jobs(subject, "ours:fp32", threads=1), profile=profile, journal=journal)
+    )
+    one, three = (r for r in journal.results if r.benchmark == "latency")
+    assert one.figures["seconds"].median == pytest.approx(one.figures["p50 ms"].median / 1000, rel=1e-4)
+    assert three.figures["seconds"].median == pytest.approx(1 / three.figures["queries/s"].median, rel=1e-4)
+
+
+def test_what_several_callers_are_compared_by_is_never_mixed():
+    old = result(24.0, benchmark="latency", settings={"callers": 16}, machine=MACHINE)
+    new = result(11.0, benchmark="latency", settings={"callers": 16, "compared": "queries/s"}, machine=MACHINE)
+    assert not compare([old], [new])
+    other = dataclasses.replace(old, model="other")
+    table = section([new, other], "full.jsonl")
+    assert "|  | 16 callers, queries/s |\n| --- | --: |\n| **bge-onnx** int8 | 11.0 |" in table
+    assert "|  | of 16 callers at once |\n| --- | --: |\n| **bge-onnx** int8 | 24.0 |" in table
+
+
+def test_no_share_of_the_peak_is_above_one():
+    """What an engine reached beyond the product that should be the peak is the peak; other threads have another."""
+
+    def measured(rate: float, threads: int = 2, **changes) -> Result:
+        settings = {"texts": "medium", "order": "as it comes", "batch": 32, "threads": threads}
+        figures = {"fp32 Gop/s": Figure(rate, rate, 1.25 * rate, 3), "share": Figure(1.24, 1.24, 1.24, 1)}
+        return result(0, variant="fp32", settings=settings, figures=figures, machine=MACHINE, **changes)
+
+    roofline = {"benchmark": "roofline", "engine": "machine", "variant": "", "machine": MACHINE}
+    peaks = [
+        result(0, figures={"fp32": Figure(*[rate] * 3, 1)}, settings={"threads": threads}, **roofline)
+        for rate, threads in ((90, 2), (100, 2), (50, 1))
+    ]
+    found = full_report([measured(40), *peaks, measured(60, model="other", threads=1)], [])
+    assert "fp32 100 with 2 threads; fp32 75.0 with 1 threads." in found
+    shares = [line.split("|")[2].strip() for line in found.splitlines() if "fp32 | " in line and "%" in line]
+    assert shares == ["40%", "80%"]
+
+
+def test_a_round_too_short_to_read_the_gpu_costs_no_result(tiny_artifact, tmp_path, monkeypatch):
+    """And what ``--profile gpu`` measures in bulk is shown, by the size of the batches."""
+    readings = iter([[], [0.5], [], [0.75]])  # a round that warms up, and three
+    monkeypatch.setattr(speed, "gpu_use", lambda device: contextlib.nullcontext(next(readings)))
+    profile = dataclasses.replace(SMALL, bulk=(("spread", 4, "as it comes", 256),), callers=(), rounds=3)
+    subject, journal = open_subject(tiny_artifact), Journal(tmp_path / "results.jsonl", machine=MACHINE)
+    jobs = plan_jobs(subject, "ours:int8", threads=1)
+    measure_speed(Bench(subject=subject, jobs=jobs, profile=profile, journal=journal))
+    (bulk,) = (r for r in journal.results if r.benchmark == "bulk")
+    assert bulk.figures["gpu busy"] == Figure(0.625, 0.5, 0.75, 2)
+    table = full_report(journal.results, [])
+    assert "by nvidia-smi:\n\n|  | 10–170 words, batches of 256 |" in table
+    assert "**Texts (or pairs) a second**:\n\n|  | 10–170 words, batches of 256 |" in table
 
 
 def test_updating_a_readme_touches_nothing_but_its_section(tmp_path):
@@ -241,6 +341,50 @@ def test_a_missing_engine_is_left_out_with_what_installs_it(
     assert [r.engine for r in read_results(tmp_path / "results.jsonl")] == ["ours"]
 
 
+def test_weights_of_the_same_name_are_not_those_of_a_fine_tune(
+    tiny_artifact, tiny_checkpoint, copied, tmp_path, monkeypatch, capsys
+):
+    """A folder of the artifact's name stands for the catalog here."""
+    copied(tiny_checkpoint)
+    monkeypatch.chdir(tmp_path)
+    assert open_subject(tiny_artifact).checkpoint == tmp_path / tiny_checkpoint.name
+    tuned = tmp_path / "tuned"
+    shutil.copytree(tiny_artifact, tuned)
+    manifest = json.loads((tuned / "manifest.json").read_text())
+    manifest["source"]["checksums"]["model.safetensors"] = "another"
+    (tuned / "manifest.json").write_text(json.dumps(manifest))
+    assert open_subject(tuned).checkpoint is None
+    assert open_subject(tuned, str(tiny_checkpoint)).checkpoint == tiny_checkpoint
+    assert main(["quality", str(tuned), "--engines", "optimum", "--results", str(tmp_path / "results.jsonl")]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"left out: all but ours: tiny-bert, with the weights of {tuned}, isn't here; pass --checkpoint" in said
+
+
+def test_what_torch_loads_is_one_format(tmp_path):
+    files = {"model.safetensors": 1, "pytorch_model.bin": 2, "onnx/model.onnx": 4, "training_args.bin": 8}
+    (tmp_path / "onnx").mkdir()
+    for name, megabytes in files.items():
+        (tmp_path / name).write_bytes(b"0" * megabytes * 10**6)
+    job = Job(engine="", variant="", kind="embedder", source=str(tmp_path), checkpoint=str(tmp_path))
+    assert size_mb(job) == 1
+    (tmp_path / "model.safetensors").unlink()
+    assert size_mb(job) == 2
+    assert size_mb(dataclasses.replace(job, source=str(tmp_path / "onnx"))) == 4
+
+
+def test_operations_of_modernbert_count_its_gate_and_its_window(tmp_path):
+    config = {"hidden_size": 4, "num_hidden_layers": 4, "intermediate_size": 8}
+    subject = SimpleNamespace(checkpoint=tmp_path)
+
+    def operations(**more: object) -> float:
+        (tmp_path / "config.json").write_text(json.dumps(config | more))
+        return speed._operations(subject, [10])
+
+    assert operations() == 4 * (2 * (4 * 16 + 2 * 32) * 10 + 4 * 4 * 100)
+    modern = operations(model_type="modernbert", global_attn_every_n_layers=3, local_attention=4)
+    assert modern == 4 * 2 * (4 * 16 + 3 * 32) * 10 + 4 * 4 * (2 * 100 + 2 * 40)  # layers 0 and 3 see all
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_keeps_what_it_measured_and_leaves_no_process(tiny_artifact, tmp_path, stop):
     path = tmp_path / "results.jsonl"
@@ -284,7 +428,6 @@ def test_results_in_the_repository_hold_no_path_of_a_machine():
 
 
 def test_int8_stands_in_one_table_with_each_figure_beside_its_bar():
-    machine = {"cpu": "a", "cores": 2, "instructions": [], "memory_gb": 1, "system": "b"}
     torch = {"engine": "sentence_transformers", "variant": "fp32"}
 
     def one(value: float) -> Figure:
@@ -292,19 +435,19 @@ def test_int8_stands_in_one_table_with_each_figure_beside_its_bar():
 
     results = [
         result(
-            0, settings={"texts": "short"}, figures={"to optimum int8": Figure(1.5, 1.25, 1.75, 6)}, machine=machine
+            0, settings={"texts": "short"}, figures={"to optimum int8": Figure(1.5, 1.25, 1.75, 6)}, machine=MACHINE
         ),
-        result(0, settings={"texts": "documents"}, figures={"to optimum int8": one(1.25)}, machine=machine),
+        result(0, settings={"texts": "documents"}, figures={"to optimum int8": one(1.25)}, machine=MACHINE),
         result(0, benchmark="retrieval", settings={}, figures={"nDCG@10": one(0.5), "peak MB": one(100)}),
         result(0, benchmark="retrieval", settings={}, figures={"nDCG@10": one(0.502), "peak MB": one(250)}, **torch),
     ]
-    table = int8_table([dataclasses.replace(held, machine=machine) for held in results], "tiny", 384)
+    table = int8_table([dataclasses.replace(held, machine=MACHINE) for held in results], "tiny", 384)
     assert "| 6–14 words, times optimum int8 | 1.5 (1.25–1.75) | ≥ 1.4 | met |" in table
     assert "| whole documents, times optimum int8 | 1.25 | ≥ 1.5 | **missed** |" in table
     assert "| retrieval, nDCG@10 beyond torch fp32's | -0.002 | ≥ -0.003 | met |" in table
     assert "| RAM to embed the corpus, of torch fp32's | 0.4 | ≤ 0.5 | met |" in table
     assert "openvino" not in table  # which wasn't measured
-    other = int8_table([dataclasses.replace(held, machine=machine) for held in results], "tiny", 768)
+    other = int8_table([dataclasses.replace(held, machine=MACHINE) for held in results], "tiny", 768)
     assert "| whole documents, times optimum int8 | 1.25 | ≥ 1.15 | met |" in other
 
 
@@ -319,7 +462,41 @@ def test_an_engines_packages_go_into_its_own_environment_though_it_is_new(tmp_pa
     assert tmp_path in Path(made[-1]).parents
 
 
-def test_variants_share_a_conversion_and_a_changed_checkpoint_is_converted_anew(tiny_artifact, tiny_checkpoint, copied):
+@pytest.mark.parametrize("engine", ["optimum", "../x", "nothing"])
+def test_no_environment_is_made_for_what_needs_none(engine, tmp_path, monkeypatch, capsys):
+    """It would take the place of the one that runs now, or lie elsewhere."""
+    monkeypatch.setattr(client, "HOME", tmp_path / "home")
+    assert main(["install", engine]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"install {engine}: none of the engines with an environment: fastembed, flag_embedding," in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_of_links_survives_a_move(tmp_path):
+    stock, source = tmp_path / "a" / "made" / "optimum", tmp_path / "a" / "fast" / "model"
+    for folder in (stock, source):
+        folder.mkdir(parents=True)
+    (stock / "model.onnx").write_text("weights")
+    (stock / "tokenizer_config.json").write_text("{}")
+    fastembed.prepare(Job(engine="", variant="", kind="embedder", source=str(source), stock=str(stock)))
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert (tmp_path / "b" / "fast" / "model" / "model.onnx").read_text() == "weights"
+
+
+def test_flashranks_session_has_the_threads_of_the_others(monkeypatch):
+    opened = []
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda path, sess_options=None: opened.append(sess_options))
+    module = ModuleType("flashrank")
+    module.RerankRequest, module.Ranker = None, lambda *arguments: onnxruntime.InferenceSession("model.onnx")
+    monkeypatch.setitem(sys.modules, "flashrank", module)
+    flashrank.reranker(Job(engine="", variant="", kind="reranker", source="", threads=3))
+    assert [options.intra_op_num_threads for options in opened] == [3]
+    assert client._environment(3)["RAYON_NUM_THREADS"] == "3"
+
+
+def test_variants_share_a_conversion_and_what_changed_is_converted_anew(
+    tiny_artifact, tiny_checkpoint, copied, tmp_path, monkeypatch
+):
     def sources(checkpoint: Path) -> dict[str, str]:
         subject = open_subject(tiny_artifact, str(checkpoint))
         jobs = plan_jobs(subject, "optimum,openvino", threads=1)
@@ -330,6 +507,14 @@ def test_variants_share_a_conversion_and_a_changed_checkpoint_is_converted_anew(
     assert found["openvino fp32"] == found["openvino bf16"] != found["openvino int8"]
     (checkpoint / "config.json").write_text((checkpoint / "config.json").read_text() + " ")
     assert not set(found.values()) & set(sources(checkpoint).values())
+    found = sources(tiny_checkpoint)
+    (tmp_path / "openvino.txt").write_text("openvino==1")
+    monkeypatch.setattr(subject_module, "REQUIREMENTS", tmp_path)
+    newer = sources(tiny_checkpoint)
+    assert newer["openvino int8"] != found["openvino int8"]
+    assert newer["optimum int8"] == found["optimum int8"]
+    monkeypatch.setattr(subject_module, "versions", lambda packages: {"optimum": "1"})
+    assert newer["optimum int8"] != sources(tiny_checkpoint)["optimum int8"]
 
 
 def test_on_cuda_there_are_the_engines_that_run_there(tiny_artifact, tiny_checkpoint):
@@ -357,6 +542,12 @@ def test_speed_of_documents_and_growth_are_measured_and_ours_beside_each_other(t
     grown = [r.settings for r in journal.results if r.benchmark == "growth" and r.variant == "int8"]
     assert {s["by"] for s in grown} == {"words", "batch", "texts", "threads"}
     assert {s["value"]: s["threads"] for s in grown if s["by"] == "threads"} == {1: 1, 2: 2}
+
+
+def test_texts_of_differing_lengths_are_more_than_a_batch():
+    """Else sorting them, which some engines do, would spare no padding."""
+    counts = {name: dict(load[:2] for load in profile.bulk) for name, profile in PROFILES.items()}
+    assert min(count for held in counts.values() for kind, count in held.items() if kind in ("medium", "spread")) >= 96
 
 
 def test_two_stages_are_measured_before_and_after_the_reranker(tiny_artifact, tiny_reranker, beir, tmp_path):
@@ -397,6 +588,24 @@ def test_our_embedder_is_mtebs_encoder(tiny_artifact, monkeypatch):
     found = encoder.encode(inputs, task_metadata=None, hf_split="test", hf_subset="default")
     np.testing.assert_array_equal(found, embedder.encode(["a river", "a stone", "water"]))
     assert not encoder.encode(inputs, prompt_type=SimpleNamespace(value="query")).any()
+
+
+@pytest.mark.parametrize("run", [plain.embedder, plain.scheduled])
+def test_a_pooling_that_isnt_written_down_is_refused(tiny_artifact, run):
+    job = Job(engine="", variant="", kind="embedder", source="", stock=str(tiny_artifact), pooling="last_token")
+
+    def infer(feeds):
+        return np.zeros((*feeds["input_ids"].shape, 4), np.float32)
+
+    with pytest.raises(ValueError, match="pools by cls or mean, not last_token; leave it out with --engines"):
+        run(job, *[infer] * (2 if run is plain.scheduled else 1))(["a text"], 1)
+
+
+def test_two_stages_of_a_model_with_a_space_in_its_name_are_shown():
+    settings = {"embedder": "my own model ours int8", "candidates": 100, "data": "some"}
+    figures = {"nDCG@10": Figure(0.5, 0.5, 0.5, 1), "pairs/s": Figure(9, 9, 9, 1)}
+    held = result(0, benchmark="two-stage", settings=settings, figures=figures, machine=MACHINE)
+    assert "| my own model, **bge-onnx** int8 |" in full_report([held], [])
 
 
 def test_a_stock_graph_under_our_scheduling_gives_the_same_vectors(tiny_artifact):

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.engines import plain
 from benchmarks.worker import Job, Run
 
 PACKAGES = ("torch", "transformers", "triton")
@@ -18,6 +19,7 @@ Batch = tuple[list[int], Any]
 
 def embedder(job: Job) -> Run:
     """Pooled in torch; only vectors come back."""
+    plain.check_pooling(job)
     return _run(job, "AutoModel", lambda states, inputs: _pooled(job, states[0], inputs["attention_mask"]))
 
 

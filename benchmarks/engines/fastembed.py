@@ -1,10 +1,12 @@
 """fastembed, with a custom model from a local folder."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.engines import plain
 from benchmarks.worker import Job, Run
 
 PACKAGES = ("fastembed", "onnxruntime", "tokenizers")
@@ -17,6 +19,7 @@ def embedder(job: Job) -> Run:
     from fastembed import TextEmbedding
     from fastembed.common.model_description import ModelSource, PoolingType
 
+    plain.check_pooling(job)
     config = json.loads((Path(job.source) / "config.json").read_text("utf-8"))
     TextEmbedding.add_custom_model(
         "local",
@@ -45,7 +48,7 @@ def reranker(job: Job) -> Run:
 def prepare(job: Job) -> None:
     """The stock export is laid out as fastembed wants it, and read to the same length: it would take the shorter."""
     for path in Path(job.stock).iterdir():
-        (Path(job.source) / path.name).symlink_to(path)
+        (Path(job.source) / path.name).symlink_to(os.path.relpath(path, job.source))  # they may move together
     config = Path(job.source) / "tokenizer_config.json"
     settings = json.loads(config.read_text("utf-8")) | dict.fromkeys(("max_length", "model_max_length"), job.max_length)
     config.unlink()

@@ -1,5 +1,6 @@
 """FlashRank: a local model under the name of one that it knows, since it loads no others."""
 
+import functools
 import shutil
 from itertools import groupby
 from pathlib import Path
@@ -17,8 +18,13 @@ NAME, FILE = "ms-marco-MiniLM-L-12-v2", "flashrank-MiniLM-L-12-v2_Q.onnx"
 
 def reranker(job: Job) -> Run:
     """``Ranker.rerank``, which pads all passages of a query into one batch; scores after a sigmoid."""
+    import onnxruntime
     from flashrank import Ranker, RerankRequest
 
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = job.threads
+    # It opens its session itself, without options.
+    onnxruntime.InferenceSession = functools.partial(onnxruntime.InferenceSession, sess_options=options)
     model = Ranker(NAME, job.source, job.max_length)
 
     def run(pairs: Any, batch: int) -> Any:  # noqa: ANN401

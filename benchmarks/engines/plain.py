@@ -72,7 +72,18 @@ def streamed(job: Job, infer: Infer, streams: int) -> Run:
     return run
 
 
+def check_pooling(job: Job) -> None:
+    """Refuse what isn't written down here and in other engines, rather than measure other vectors.
+
+    Raises:
+        ValueError: A model pools neither by cls nor by mean.
+    """
+    if job.pooling not in ("cls", "mean"):
+        raise ValueError(f"pools by cls or mean, not {job.pooling}; leave it out with --engines")
+
+
 def _pooled(job: Job, feeds: dict[str, NDArray[np.int64]], hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+    check_pooling(job)
     mask = feeds["attention_mask"][:, :, None].astype(np.float32)
     vectors: NDArray[np.float32] = (hidden * mask).sum(1) / mask.sum(1) if job.pooling == "mean" else hidden[:, 0]
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True) if job.normalize else vectors
