@@ -90,6 +90,8 @@ class Retriever:
         self._writing, self._lock = threading.Lock(), threading.Lock()  # taken in this order
         self._dirty = False
         """Whether there is something to save."""
+        self._saving = ""
+        """The index that the last ``save`` names, until something else is changed."""
         self._file: str | None = ""
         """The index that is held, of the folder's; None of an empty folder."""
         with self._explained():
@@ -206,7 +208,7 @@ class Retriever:
             if not self._dirty:
                 self._texts.rollback()  # of what an interrupt right here may have begun
                 self._texts.execute("BEGIN IMMEDIATE")
-            before = self._texts.total_changes
+            before, self._saving = self._texts.total_changes, ""
             self._texts.execute("SAVEPOINT change")
             try:
                 self._load()
@@ -224,6 +226,9 @@ class Retriever:
     def _check_kept(self) -> None:
         """Raise if SQLite has rolled back all that was added, as it does when the disk is full."""
         if self._dirty and not self._texts.in_transaction:
+            if self._meta().get("index") == self._saving:  # it was committed, even if an interrupt came right after it
+                self._file, self._dirty = self._saving, False
+                return
             self._file = ""  # searches go on with the last save
             raise ArtifactError(
                 f"{self.folder}: the disk is full or fails, and what was added since the last save is lost; "
@@ -327,11 +332,10 @@ class Retriever:
             with self._lock:
                 meta = [("index", path.name), ("model", self._model), ("next", str(self._next))]
                 self._texts.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta)
+                self._saving = path.name
                 try:
                     self._texts.commit()
-                    self._file = path.name
-                finally:  # an interrupt comes after it, a full disk rolls all back
-                    self._dirty = self._texts.in_transaction or self._meta().get("index") != path.name
+                finally:
                     self._check_kept()
                 with suppress(sqlite3.Error):  # so that the folder can be copied, or opened where it can't be written
                     ((busy, _, _),) = self._texts.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()

@@ -449,7 +449,7 @@ def interrupted_at(line, call):
         if frame.f_code.co_filename != runtime.retriever.__file__:
             return None
         text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        left[0] -= event == "line" and not text.startswith("with ")  # on whose way out no signal is handled
+        left[0] -= event == "line" and not text.startswith(("with ", "try:"))  # where no signal is handled
         if left[0] == 0:
             sys.settrace(None)
             raise KeyboardInterrupt
