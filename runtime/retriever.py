@@ -2,29 +2,42 @@
 
 import dataclasses
 import json
+import logging
 import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 from uuid import uuid4
 
-from runtime.checks import check_count, check_iterable
+from runtime.checks import check_count, check_iterable, check_texts
 from runtime.embedder import Embedder
 from runtime.errors import ArtifactError, BgeOnnxError, InputError
-from runtime.reranker import Reranker
-from runtime.session import usable_cpus
+from runtime.reranker import Reranker, _best
+
+logger = logging.getLogger(__name__)
 
 TEXTS = "texts.sqlite"
 VECTORS = "vectors.{}.usearch"
 CHUNK = 1024
 """Texts that are embedded and added at once."""
+SCHEMA = """
+PRAGMA journal_mode = WAL;  -- others may read while one adds
+CREATE TABLE IF NOT EXISTS texts (key INTEGER PRIMARY KEY, id TEXT UNIQUE, text TEXT);
+CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT);
+"""
+NEXT = """
+SELECT MAX((SELECT COALESCE(MAX(key), -1) + 1 FROM texts),
+           COALESCE((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'next'), 0))
+"""
+"""The first key that never was a text's, or somebody who still has its old vector would find the new text by it."""
 MOST = 10_000
 """Most results of a search."""
 
@@ -46,8 +59,8 @@ class Retriever:
 
     Vectors are held by usearch (an HNSW graph, float16), texts by SQLite. What was added is lost unless ``save`` is
     called; a crash at any moment leaves what the last ``save`` left. Of several processes that have the folder open,
-    one may add at a time; the others go on with the vectors that they loaded. A folder that can't be written to can be
-    searched.
+    one may add at a time, until it saves; the others then load anew what it saved, with their next call. A forked
+    process opens the folder itself. A folder that can't be written to can be searched while nobody else writes there.
     """
 
     def __init__(self, folder: str | Path, embedder: Embedder, reranker: Reranker | None = None) -> None:
@@ -71,29 +84,50 @@ class Retriever:
             raise BgeOnnxError(f"usearch can't be imported ({error}); run: pip install 'bge-onnx[retrieve]'") from None
         self.folder = Path(folder)
         self._embedder, self._reranker = embedder, reranker
-        self._lock = threading.RLock()
+        self._model = json.dumps(embedder.manifest.source.checksums, sort_keys=True)
+        self._new_index = partial(Index, ndim=embedder.dim, metric="cos", dtype="f16")
+        self._process = os.getpid()
+        self._writing, self._lock = threading.Lock(), threading.Lock()  # taken in this order
+        self._dirty = False
+        """Whether there is something to save."""
+        self._saving = ""
+        """The index that the last ``save`` names, until something else is changed."""
+        self._file: str | None = ""
+        """The index that is held, of the folder's; None of an empty folder."""
         with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._texts = _connect(self.folder / TEXTS)
-            meta = self._meta()
-            (last,) = self._texts.execute("SELECT COALESCE(MAX(key), -1) FROM texts").fetchone()
-        self._next = last + 1
-        self._model = json.dumps(embedder.manifest.source.checksums, sort_keys=True)
-        if meta.get("model", self._model) != self._model:
-            raise ArtifactError(f"{self.folder}: made with another model than {embedder.manifest.name}; index it again")
-        self._index = Index(ndim=embedder.dim, metric="cos", dtype="f16")
-        self._file = meta.get("index")
-        if self._file is not None:
-            if not fnmatch(self._file, VECTORS.format("*")) or Path(self._file).name != self._file:
-                raise ArtifactError(f"{self.folder / TEXTS}: names {self._file!r} as its index; index it again")
             try:
-                self._index.load(self.folder / self._file)
+                if os.access(self.folder, os.W_OK):
+                    self._texts.executescript(SCHEMA)
+                self._load()
+            except BaseException:
+                self._texts.close()
+                raise
+
+    def _load(self) -> None:
+        """Hold what the last ``save`` left, this process's or another's."""
+        while (meta := self._meta()).get("index") != self._file:
+            file = meta.get("index")
+            if meta.get("model", self._model) != self._model:
+                made = f"made with another model than {self._embedder.manifest.name}"
+                raise ArtifactError(f"{self.folder}: {made}; index it again")
+            if file is not None and (not fnmatch(file, VECTORS.format("*")) or Path(file).name != file):
+                raise ArtifactError(f"{self.folder / TEXTS}: names {file!r} as its index; index it again")
+            self._index, self._file = self._new_index(), ""
+            try:
+                if file is not None:
+                    self._index.load(self.folder / file)
             except (RuntimeError, OSError) as error:
-                raise ArtifactError(f"{self.folder / self._file}: can't be read ({error}); index it again") from None
+                if self._meta().get("index") != file:  # another process has saved, and removed this one
+                    continue
+                raise ArtifactError(f"{self.folder}/{file}: can't be read ({error}); index it again") from None
+            (self._next,) = self._texts.execute(NEXT).fetchone()
+            self._file = file
 
     def __len__(self) -> int:
         """How many texts there are."""
-        with self._lock, self._explained():
+        with self._explained(), self._lock:
             return int(self._texts.execute("SELECT COUNT(*) FROM texts").fetchone()[0])
 
     def add(self, texts: Iterable[str], ids: Iterable[str] | None = None) -> int:
@@ -107,31 +141,33 @@ class Retriever:
             How many were added.
 
         Raises:
-            ArtifactError: Another process is adding to the folder, or has changed it since it was opened.
+            ArtifactError: Another process is adding to the folder, or the disk is full.
             InputError: Something that isn't a valid text or name, or not as many names as texts; what came before it in
                 the stream, in whole chunks, has been added.
         """
         stream, names = _stream("texts", texts), None if ids is None else _stream("ids", ids)
+        limits = dataclasses.replace(self._embedder._limits, texts=None)  # a stream is bounded by its chunks
+        prompt = self._embedder.manifest.prompts.get("passage", "")
         added = 0
         while chunk := list(islice(stream, CHUNK)):
             named = None if names is None else _names(islice(names, len(chunk)), added)
             if named is not None and len(named) < len(chunk):
                 raise InputError(f"there are {added + len(named)} ids for more texts; pass one for each")
-            vectors = self._embedder.encode_corpus(chunk)
-            with self._lock, self._explained():
-                self._begin()
+            checked = check_texts(chunk, added, limits)
+            vectors = self._embedder._embed([prompt + text for text in checked], first=added)
+            with self._change() as gone:
                 keys = range(self._next, self._next + len(chunk))
+                self._next += len(chunk)  # at once, so that no key is ever used again
                 if named is None:
                     named = [str(key) for key in keys]
                     if taken := self._held("id", named):
                         raise InputError(f"{next(iter(taken.values()))[0]!r} is somebody's id already; pass ids")
                 last = {name: key for key, name in zip(keys, named, strict=True)}  # of equal names the last counts
-                self._remove(list(last))
+                gone += self._take_out(last)
                 kept = [i for i, key in enumerate(keys) if last[named[i]] == key]
                 rows = [(keys[i], named[i], chunk[i]) for i in kept]
                 self._texts.executemany("INSERT INTO texts VALUES (?, ?, ?)", rows)
-                self._index.add([keys[i] for i in kept], vectors[kept], threads=usable_cpus())
-                self._next += len(chunk)
+                self._index.add([keys[i] for i in kept], vectors[kept], threads=self._embedder._threads)
             added += len(chunk)
         if names is not None and next(names, None) is not None:
             raise InputError(f"there are more ids than the {added} texts; pass one for each")
@@ -144,29 +180,60 @@ class Retriever:
             How many of the names were there.
 
         Raises:
-            ArtifactError: Another process is adding to the folder, or has changed it since it was opened.
+            ArtifactError: Another process is adding to the folder, or the disk is full.
             InputError: Something that isn't a list of names.
         """
         names = _names(_stream("ids", ids))
-        with self._lock, self._explained():
-            self._begin()
-            return self._remove(names)
+        with self._change() as gone:
+            gone += self._take_out(dict.fromkeys(names))
+        return len(gone)
 
-    def _remove(self, ids: Sequence[str]) -> int:
-        removed = 0
-        for name in ids:
-            for (key,) in self._texts.execute("DELETE FROM texts WHERE id = ? RETURNING key", (name,)).fetchall():
-                self._index.remove(key)
-                removed += 1
-        return removed
+    def _take_out(self, ids: Iterable[str]) -> list[int]:
+        """Take texts out, and return their keys, whose vectors are still there."""
+        find = "SELECT key FROM texts WHERE id = ?"
+        keys = [key for name in ids for (key,) in self._texts.execute(find, (name,))]
+        self._texts.executemany("DELETE FROM texts WHERE key = ?", ((key,) for key in keys))
+        return keys
 
-    def _begin(self) -> None:
-        """Be the only writer until ``save``, of a folder that is still as it was opened."""
-        if not self._texts.in_transaction:
-            self._texts.execute("BEGIN IMMEDIATE")
-            if self._meta().get("index") != self._file:
-                self._texts.rollback()
-                raise ArtifactError(f"{self.folder}: another process changed it since it was opened; open it again")
+    @contextmanager
+    def _change(self) -> Iterator[list[int]]:
+        """Be the only writer until ``save``, and make a change wholly or not at all.
+
+        Yields:
+            For the keys whose vectors go when all else is done; a vector without a text harms nobody, the reverse does.
+        """
+        gone: list[int] = []
+        with self._explained(), self._writing, self._lock:
+            self._check_kept()
+            if not self._dirty:
+                self._texts.rollback()  # of what an interrupt right here may have begun
+                self._texts.execute("BEGIN IMMEDIATE")
+            before, self._saving = self._texts.total_changes, ""
+            self._texts.execute("SAVEPOINT change")
+            try:
+                self._load()
+                yield gone
+                self._dirty = self._dirty or self._texts.total_changes > before
+            except BaseException:
+                if self._texts.in_transaction:
+                    self._texts.execute("ROLLBACK TO change" if self._dirty else "ROLLBACK")
+                self._check_kept()
+                raise
+            if gone:
+                self._index.remove(gone, threads=1)
+            self._texts.execute("RELEASE change" if self._dirty else "ROLLBACK")
+
+    def _check_kept(self) -> None:
+        """Raise if SQLite has rolled back all that was added, as it does when the disk is full."""
+        if self._dirty and not self._texts.in_transaction:
+            if self._meta().get("index") == self._saving:  # it was committed, even if an interrupt came right after it
+                self._file, self._dirty = self._saving, False
+                return
+            self._file = ""  # searches go on with the last save
+            raise ArtifactError(
+                f"{self.folder}: the disk is full or fails, and what was added since the last save is lost; "
+                "open the folder again and add it again"
+            ) from None
 
     def _meta(self) -> dict[str, str]:
         return dict(self._texts.execute("SELECT name, value FROM meta"))
@@ -179,7 +246,9 @@ class Retriever:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turns what SQLite and the system raise into our errors."""
+        """Turns what SQLite, usearch and the system raise into our errors; before any lock, which a fork may hold."""
+        if os.getpid() != self._process:  # SQLite's connections don't outlive a fork
+            raise InputError(f"{self.folder}: opened before a fork; open the retriever in each process")
         try:
             yield
         except sqlite3.ProgrammingError as error:
@@ -192,6 +261,8 @@ class Retriever:
             raise ArtifactError(f"{self.folder / TEXTS}: not a retriever's texts ({error}); index them again") from None
         except OSError as error:
             raise ArtifactError(f"{self.folder}: {error.strerror or error}; pass another folder") from None
+        except RuntimeError as error:
+            raise BgeOnnxError(f"{self.folder}: usearch failed ({error}); open the folder again") from None
 
     def retrieve(self, query: str, top_k: int = 100) -> list[Hit]:
         """The texts whose vectors are nearest to the query's, best first.
@@ -203,13 +274,19 @@ class Retriever:
             raise InputError(f"query is {type(query).__name__}; pass a str")
         top_k = check_count("top_k", top_k, MOST)
         vector = self._embedder.encode_queries(query)
-        with self._lock, self._explained():
-            if not len(self._index):
-                return []
-            found = self._index.search(vector, top_k, threads=1)
-            scores = {int(key): 1 - float(distance) for key, distance in zip(found.keys, found.distances, strict=True)}
-            held = self._held("key", list(scores))
-        # another process may have removed what this one's index still has
+        held: dict[int, tuple[str, str]] = {}
+        with self._explained(), self._lock:
+            while True:
+                self._load()
+                scores: dict[int, float] = {}
+                if len(self._index):
+                    found = self._index.search(vector, top_k, threads=1)
+                    pairs = zip(found.keys, found.distances, strict=True)
+                    scores = {int(key): 1 - float(distance) for key, distance in pairs}
+                held = self._held("key", list(scores))
+                if self._meta().get("index") == self._file:  # or another process has saved meanwhile
+                    break
+        # a change that failed may have left a vector without its text
         return [Hit(*held[key], score) for key, score in scores.items() if key in held]
 
     def search(self, query: str, top_k: int = 10, *, candidates: int = 100) -> list[Hit]:
@@ -227,37 +304,53 @@ class Retriever:
         hits = self.retrieve(query, max(top_k, check_count("candidates", candidates, MOST)))
         if self._reranker is None or not hits:
             return hits[:top_k]
-        ranked = self._reranker.rank(query, [hit.text for hit in hits], top_k)
-        return [dataclasses.replace(hits[i], rerank_score=score) for i, score in ranked]
+        check_texts([query], limits=self._reranker._limits)  # the texts are nobody's request
+        logits = self._reranker._logits([(query, hit.text) for hit in hits])
+        return [dataclasses.replace(hits[i], rerank_score=score) for i, score in _best(logits, top_k, False)]
 
     def save(self) -> None:
-        """Write all that was added; what the folder held before is kept until the very last step.
+        """Write all that was added, and the whole index; what the folder held is kept until the very last step.
+
+        Searches go on while the index is written; ``add`` and ``remove`` wait.
 
         Raises:
-            ArtifactError: The disk is full or can't be written, or another process has changed the folder.
+            ArtifactError: The disk is full or can't be written, or another process is adding to the folder.
         """
-        with self._lock:
-            with self._explained():
-                self._begin()
-            before, self._file = self._file, VECTORS.format(uuid4().hex[:8])
+        path = self.folder / VECTORS.format(uuid4().hex[:8])
+        with self._explained(), self._writing:
+            with self._lock:
+                self._check_kept()
+                if not self._texts.in_transaction:  # nothing was changed
+                    return
+                old = list(self.folder.glob(VECTORS.format("*")))  # of a crash, too, and nobody's yet to be named
             try:
-                self._index.save(self.folder / self._file)
-                _to_disk(self.folder / self._file)
-                meta = [("index", self._file), ("model", self._model)]
-                self._texts.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta)
-                self._texts.commit()
-                self._texts.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # so that the folder can be copied
-            except (sqlite3.Error, RuntimeError, OSError) as error:
-                (self.folder / self._file).unlink(missing_ok=True)
-                self._file = before
+                self._index.save(path)
+                _to_disk(path)
+            except (RuntimeError, OSError) as error:
+                path.unlink(missing_ok=True)
                 raise ArtifactError(f"{self.folder}: can't be saved ({error}); free some space, save again") from None
-            for old in self.folder.glob(VECTORS.format("*")):  # of a crash, too
-                if old.name != self._file:
-                    old.unlink(missing_ok=True)
+            with self._lock:
+                meta = [("index", path.name), ("model", self._model), ("next", str(self._next))]
+                self._texts.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta)
+                self._saving = path.name
+                try:
+                    self._texts.commit()
+                finally:
+                    self._check_kept()
+                with suppress(sqlite3.Error):  # so that the folder can be copied, or opened where it can't be written
+                    ((busy, _, _),) = self._texts.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                    for file in old if not busy else ():
+                        file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the folder's files; what wasn't saved is lost."""
-        self._texts.close()
+        """Close the folder's files; what wasn't saved is lost, with a warning."""
+        if os.getpid() != self._process:
+            return
+        with self._writing, self._lock:
+            if self._dirty:
+                logger.warning("%s: closed with texts added or removed that weren't saved, and are lost", self.folder)
+            self._texts.close()
+            self._dirty = False
 
     def __enter__(self) -> Self:
         """Itself."""
@@ -272,13 +365,8 @@ class Retriever:
 
 def _connect(path: Path) -> sqlite3.Connection:
     """The texts; where the folder can't be written to, without the files that SQLite needs for locking."""
-    if not os.access(path.parent, os.W_OK):
-        return sqlite3.connect(f"{path.absolute().as_uri()}?immutable=1", uri=True, check_same_thread=False)
-    texts = sqlite3.connect(path, check_same_thread=False)
-    texts.execute("PRAGMA journal_mode = WAL")  # others may read while one adds
-    texts.execute("CREATE TABLE IF NOT EXISTS texts (key INTEGER PRIMARY KEY, id TEXT UNIQUE, text TEXT)")
-    texts.execute("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT)")
-    return texts
+    mode = "" if os.access(path.parent, os.W_OK) else "?immutable=1"
+    return sqlite3.connect(path.absolute().as_uri() + mode, uri=True, check_same_thread=False)
 
 
 def _stream(what: str, items: Iterable[str]) -> Iterator[str]:
@@ -297,8 +385,10 @@ def _names(ids: Iterable[str], first: int = 0) -> list[str]:
 
 def _to_disk(path: Path) -> None:
     """Outlast a power cut, file and name."""
-    for place in (path, path.parent):
-        held = os.open(place, os.O_RDONLY)
+    for place, mode in ((path, os.O_RDWR), (path.parent, os.O_RDONLY)):
+        if os.name == "nt" and place != path:  # Windows syncs no folders
+            continue
+        held = os.open(place, mode)
         try:
             os.fsync(held)
         finally:

@@ -1,15 +1,20 @@
 """The retriever: what was added is found, what was saved comes back, and what goes wrong leaves the last save."""
 
+import linecache
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from runtime import ArtifactError, BgeOnnxError, Embedder, InputError, Reranker, Retriever
+import runtime.retriever
+from runtime import ArtifactError, BgeOnnxError, Embedder, InputError, Limits, Reranker, Retriever
 from runtime.retriever import CHUNK, TEXTS
 
 WORDS = [
@@ -191,14 +196,14 @@ def test_two_that_have_a_folder_open_never_spoil_it(filled, embedder, tmp_path):
         second.add(["a text"])
     assert (len(first), len(second), len(Retriever(tmp_path / "index", embedder))) == (298, 300, 300)
     first.save()
-    found = {hit.id for hit in second.retrieve("a plane", 300)}  # with the vectors that it loaded
+    found = {hit.id for hit in second.retrieve("a plane", 300)}
     assert found <= {str(i) for i in range(2, 300)}
     assert len(found) > 280  # HNSW finds nearly all
-    for change in (lambda: second.add(["a text"]), lambda: second.remove(["7"]), second.save):
-        with pytest.raises(ArtifactError, match="another process changed it since it was opened; open it again"):
-            change()
-    assert len(Retriever(tmp_path / "index", embedder)) == 298
-    assert first.add(["one more"]) == 1
+    for i, (one, other) in enumerate([(second, first), (first, second)]):  # each goes on from what the other saved
+        assert one.add([f"a train to {i}"], [f"new {i}"]) == 1
+        one.save()
+        assert other.retrieve(f"a train to {i}", 1)[0].id == f"new {i}"
+    assert len(Retriever(tmp_path / "index", embedder)) == 300
 
 
 def test_a_saved_folder_can_be_copied_while_it_is_open(filled, embedder, tmp_path):
@@ -209,6 +214,7 @@ def test_a_saved_folder_can_be_copied_while_it_is_open(filled, embedder, tmp_pat
 def test_what_a_crash_left_is_cleared_by_the_next_save(filled, tmp_path):
     (tmp_path / "index" / "vectors.0badf00d.usearch").write_bytes(b"half")
     (tmp_path / "index" / "mine.txt").write_text("mine")
+    filled[0].remove(["0"])
     filled[0].save()
     assert len(list((tmp_path / "index").glob("*.usearch"))) == 1
     assert (tmp_path / "index" / "mine.txt").exists()
@@ -302,3 +308,259 @@ def test_without_usearch_the_error_says_what_to_install(embedder, tmp_path, monk
     monkeypatch.setitem(sys.modules, "usearch.index", None)
     with pytest.raises(BgeOnnxError, match=r"pip install 'bge-onnx\[retrieve\]'"):
         Retriever(tmp_path / "index", embedder)
+
+
+SCRIPT = """
+import resource, sys
+from runtime import ArtifactError, Embedder, Retriever
+retriever = Retriever(sys.argv[1], Embedder(sys.argv[2], "fp32"))
+def files_up_to(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+def fails(call, *given):
+    try:
+        call(*given)
+    except ArtifactError as error:
+        print(error)
+    else:
+        sys.exit(f"{call.__name__} didn't fail")
+"""
+
+
+def run_apart(code, folder, artifact):
+    """What a script printed that runs with a retriever of the folder in a process of its own."""
+    command = [sys.executable, "-c", SCRIPT + code, str(folder), str(artifact)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def ids_of(retriever, query="a", top_k=1000):
+    return {hit.id for hit in retriever.retrieve(query, top_k)}
+
+
+def test_a_save_whose_last_step_lacks_space_is_whole(embedder, tiny_artifact, tmp_path):
+    retriever = Retriever(tmp_path / "index", embedder)
+    retriever.add(["a cat " + "x" * 20_000] * 50)
+    retriever.save()
+    retriever.close()
+    # the log has room for the new text, the database, which is beyond the limit already, none to take it over
+    run_apart('files_up_to(500_000); retriever.add(["a new dog"]); retriever.save()', tmp_path / "index", tiny_artifact)
+    again = Retriever(tmp_path / "index", embedder)
+    assert len(again) == 51
+    assert "50" in ids_of(again, "a new dog")
+
+
+@pytest.mark.parametrize("fails", ["add", "save"])
+def test_what_a_full_disk_lost_is_never_passed_over(filled, embedder, tiny_artifact, tmp_path, fails):
+    filled[0].close()
+    first = """
+before = retriever.retrieve("a", 300)
+retriever.remove(["0"])
+retriever.add(["a dog"], ["1"])
+"""
+    faults = {
+        "add": 'files_up_to(1_000_000); fails(retriever.add, ["x" * 30_000] * 500)',  # beyond SQLite's cache
+        "save": 'retriever.add(["x" * 30_000] * 5); files_up_to(100_000); fails(retriever.save)',
+    }
+    then = """
+files_up_to(resource.RLIM_INFINITY)
+for call, *given in (retriever.save,), (retriever.add, ["a"]), (retriever.remove, ["2"]), (retriever.save,):
+    fails(call, *given)
+assert retriever.retrieve("a", 300) == before
+"""
+    said = run_apart(first + faults[fails] + then, tmp_path / "index", tiny_artifact).splitlines()
+    assert len(said) == 5
+    assert all("since the last save is lost; open the folder again and add it again" in line for line in said)
+    assert len(Retriever(tmp_path / "index", embedder)) == 300
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_save(embedder, tiny_artifact, tmp_path):
+    code = 'while True: retriever.add(["a text"] * 7); retriever.save(); print("saved", flush=True)'
+    for wait in (0, 0.05, 0.2):
+        command = [sys.executable, "-c", SCRIPT + code, str(tmp_path / "index"), str(tiny_artifact)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout.readline() == b"saved\n"
+            time.sleep(wait)
+            process.kill()
+        retriever = Retriever(tmp_path / "index", embedder)
+        assert len(retriever) % 7 == 0 < len(ids_of(retriever))
+        retriever.close()
+
+
+def test_others_find_what_was_saved_and_never_a_new_text_by_an_old_vector(filled, embedder, tmp_path):
+    writer, texts = filled
+    reader = Retriever(tmp_path / "index", embedder)
+    writer.add(texts, [str(i) for i in range(300)])  # all get new keys
+    writer.save()
+    assert len(ids_of(reader)) > 280
+    writer.remove(["299"])
+    writer.save()
+    writer.close()
+    writer = Retriever(tmp_path / "index", embedder)
+    assert writer._next == 600  # not the key of the text that was removed
+    writer.close()
+
+
+def test_a_save_leaves_what_the_next_process_is_writing(filled, tmp_path):
+    theirs = tmp_path / "index" / "vectors.0badf00d.usearch"
+    filled[0].remove(["0"])
+    filled[0]._texts.set_trace_callback(lambda statement: statement == "COMMIT" and theirs.write_bytes(b"theirs"))
+    filled[0].save()
+    assert theirs.read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("already", ["open", "opening"])
+def test_an_index_that_is_replaced_while_it_is_opened_is_no_error(filled, embedder, tmp_path, monkeypatch, already):
+    reader = Retriever(tmp_path / "index", embedder) if already == "open" else None
+    meta, saves = Retriever._meta, []
+
+    def then_another_saves(retriever):
+        read = meta(retriever)
+        if retriever is not filled[0] and len(saves) < 2:
+            saves.append(filled[0].add(["a text"]))
+            filled[0].save()
+        return read
+
+    monkeypatch.setattr(Retriever, "_meta", then_another_saves)
+    reader = reader or Retriever(tmp_path / "index", embedder)
+    assert {"300", "301"} <= ids_of(reader, "a text", 20)
+    reader.close()
+
+
+def test_limits_bound_what_others_ask_for_and_not_the_texts(tiny_artifact, tiny_reranker, tmp_path):
+    limits = Limits(texts=5, characters=100)
+    embedder = Embedder(tiny_artifact, "fp32", limits=limits)
+    reranker = Reranker(tiny_reranker("bert")[0], "fp32", limits=Limits(texts=5, characters=20))
+    retriever = Retriever(tmp_path / "index", embedder, reranker)
+    assert retriever.add(texts_of(50)) == 50
+    assert len(retriever.search("a", 30)) == 30
+    with pytest.raises(InputError, match="text 0 has 21 characters"):
+        retriever.search("a" * 21)
+    for bad, says in ((7, "is int"), ("\ud800", "surrogate"), ("x" * 101, "has 101 characters")):
+        with pytest.raises(InputError, match=f"text {CHUNK + 3} .*{says}"):
+            retriever.add([*["a"] * (CHUNK + 3), bad])
+
+
+def interrupted_at(line, call):
+    """Whether a call was interrupted: at the nth line of the retriever's code that it comes to."""
+    left = [line]
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != runtime.retriever.__file__:
+            return None
+        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        left[0] -= event == "line" and not text.startswith(("with ", "try:"))  # where no signal is handled
+        if left[0] == 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+@pytest.mark.parametrize("what", ["add", "save"])
+def test_an_interrupt_at_any_line_spoils_nothing(embedder, tmp_path, dirty, what):
+    line, interrupted = 0, True
+    while interrupted:
+        line, folder = line + 1, tmp_path / f"index {line}"
+        retriever = Retriever(folder, embedder)
+        retriever.add(["a cat", "a dog"], ["x", "y"])
+        retriever.save()
+        if dirty:
+            retriever.add(["a train"], ["t"])
+
+        def add(to=retriever):
+            to.add(["a boat", "a plane"], ["x", "z"])
+
+        if what == "save":
+            add()
+        interrupted = interrupted_at(line, add if what == "add" else retriever.save)
+        held = {hit.id: hit.text for hit in retriever.retrieve("a")}
+        assert len(held) == len(retriever)
+        assert held == {"x": "a boat" if "z" in held else "a cat", "y": "a dog"} | (
+            {"z": "a plane"} if "z" in held else {}
+        ) | ({"t": "a train"} if dirty else {})
+        add()
+        retriever.save()
+        retriever.close()
+        again = Retriever(folder, embedder)
+        assert ids_of(again) == {"x", "y", "z", "t"} - (set() if dirty else {"t"})
+        again.close()
+    assert line > 10
+
+
+def test_a_change_that_fails_or_changes_nothing_keeps_nobody_waiting(embedder, tmp_path):
+    first, second = (Retriever(tmp_path / "index", embedder) for _ in range(2))
+    second._texts.execute("PRAGMA busy_timeout = 1")
+    first.add(["a cat"], ["1"])
+    first.save()
+    with pytest.raises(InputError, match="'1' is somebody's id already"):
+        first.add(["a"])
+    assert first.remove(["nobody"]) == 0
+    assert second.add(["a dog"], ["2"]) == 1
+    second.save()
+    first._index.add([first._next + 1], np.ones((1, embedder.dim), np.float32))
+    first._load()
+    first._index.add([first._next], np.ones((1, embedder.dim), np.float32))
+    with pytest.raises(BgeOnnxError, match="usearch failed .*Duplicate keys"):
+        first.add(["a train"], ["3"])
+    assert second.add(["a train"], ["3"]) == 1
+    assert (len(first), len(second)) == (2, 3)
+
+
+def _after_fork(retriever, results):
+    said = []
+    for call in (lambda: retriever.retrieve("a"), lambda: retriever.add(["a"]), retriever.save, lambda: len(retriever)):
+        try:
+            call()
+        except InputError as error:
+            said.append(str(error))
+    retriever.close()
+    results.put(said)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_is_told_to_open_its_own(filled):
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    with filled[0]._lock:  # as another thread may hold it just then
+        child = context.Process(target=_after_fork, args=(filled[0], results), daemon=True)
+        child.start()
+        said = results.get(timeout=60)
+        child.join()
+    assert len(said) == 4
+    assert all("open the retriever in each process" in line for line in said)
+    assert filled[0].add(["a text"]) == 1
+
+
+def test_searches_go_on_while_an_index_is_written(filled, monkeypatch):
+    filled[0].add(["one more"])
+    to_disk, found = runtime.retriever._to_disk, []
+
+    def searched_meanwhile(path):
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(filled[0].retrieve, "one more", 1).result(timeout=20))
+        to_disk(path)
+
+    monkeypatch.setattr(runtime.retriever, "_to_disk", searched_meanwhile)
+    filled[0].save()
+    assert [hits[0].id for hits in found] == ["300"]
+
+
+def test_closing_what_wasnt_saved_is_warned_of_once(filled, caplog):
+    filled[0].close()
+    assert caplog.text == ""
+    retriever = Retriever(filled[0].folder, filled[0]._embedder)
+    with retriever:
+        retriever.add(["never saved"])
+    retriever.close()
+    assert caplog.text.count("weren't saved") == 1
