@@ -5,7 +5,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +19,12 @@ from runtime.hybrid import (
     token_lexical_weights,
     vocabulary_lexical_weights,
 )
-from runtime.microbatch import MicroBatcher
 from runtime.model import Model, Piece
 from runtime.packing import POOLED
 from runtime.pooling import Floats, normalize, pool
+
+if TYPE_CHECKING:
+    from runtime.microbatch import MicroBatcher
 
 VOCABULARY_TOKENS_PER_RUN = 512
 """Bounds memory where each token gets a float per word of the vocabulary (SPLADE): some 60 MB with BERT's."""
@@ -58,7 +60,9 @@ class Embedder(Model):
         return self.manifest.dim
 
     @functools.cached_property
-    def _together(self) -> MicroBatcher[str]:
+    def _together(self) -> "MicroBatcher[str]":
+        from runtime.microbatch import MicroBatcher  # asyncio, a quarter of the time that the import would take
+
         return MicroBatcher(self._embed, self._hook)
 
     @overload

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import functools
-import importlib.metadata
 import io
 import logging
 import os
@@ -144,10 +143,12 @@ def _why_no_cuda() -> str:
 
 def _installed() -> list[str]:
     """The onnxruntime packages that are installed, with their versions."""
+    from importlib.metadata import PackageNotFoundError, version  # 30 ms that few need
+
     found = []
     for package in ("onnxruntime", "onnxruntime-gpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{package} {importlib.metadata.version(package)}")
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
     return found
 
 

@@ -86,6 +86,12 @@ def test_importing_runtime_adds_at_most_150_ms_to_its_dependencies():
     assert takes_less(0.15, code)
 
 
+def test_what_few_need_is_not_imported():
+    code = "import sys, runtime; print(sorted({'asyncio', 'importlib.metadata', 'usearch'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "[]\n"
+
+
 def test_a_cold_process_has_its_first_vector_within_a_second(minilm):
     code = "import sys, time, runtime; runtime.Embedder(sys.argv[1]).encode('a'); print(time.process_time())"
     assert takes_less(1, code, minilm)
