@@ -109,7 +109,7 @@ def _observe(
     for rows in (value.reshape(-1, value.shape[-1]) for value in held):
         magnitude = np.abs(rows)
         extreme = np.arange(len(rows)) == magnitude.max(axis=1).argmax()
-        samples.append(Sample(magnitude.max(axis=0), rows[drawn[: len(rows)] | extreme]))
+        samples.append(Sample(magnitude.max(axis=0), rows[np.resize(drawn, len(rows)) | extreme]))
     return samples
 
 

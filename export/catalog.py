@@ -50,6 +50,14 @@ M3_HEADS = ("sparse_linear", "colbert_linear")
 """Files of BGE-M3 (with ``.pt``), which give it sparse and multi-vector outputs beside the dense one."""
 
 
+AUTO_CLASSES: dict[Output, str] = {
+    "last_hidden_state": "AutoModel",
+    "logits": "AutoModelForSequenceClassification",
+    "vocabulary_weights": "AutoModelForMaskedLM",
+}
+"""What transformers loads a model with, by its first output."""
+
+
 @functools.cache
 def load_catalog() -> dict[str, ModelSpec]:
     """All rows of ``models.yaml`` by short name; it lies in the wheel's ``export/`` or at the repository's root."""
@@ -96,6 +104,11 @@ def describe_checkpoint(spec: ModelSpec, folder: Path, pooling: Pooling | None) 
     )
     kind: Kind = "reranker" if is_reranker or spec.kind == "reranker" else "embedder"
     outputs = _outputs(folder, kind, modules, config)
+    if custom := (config.take("auto_map", dict) or {}).get(AUTO_CLASSES[outputs[0]]):
+        raise ExportError(
+            f"{config.path}: its auto_map names code of its own for the model ({custom!s:.60}), which is never run; if "
+            "transformers' own class gives the same, export a local copy without the auto_map"
+        )
     pools = "last_hidden_state" in outputs
     chosen = (pooling or _declared_pooling(folder, modules) or spec.pooling) if pools else None
     if pools and chosen is None:
@@ -148,7 +161,7 @@ def _outputs(folder: Path, kind: Kind, modules: dict[str, str], config: "Setting
         return ("logits",)
     if "SpladePooling" in modules:
         path = folder / modules["SpladePooling"] / "config.json"
-        settings = read_json(path, {})
+        settings = read_json(path)
         if (settings.get("pooling_strategy", "max"), settings.get("activation_function", "relu")) != ("max", "relu"):
             raise ExportError(f"{path}: only max pooling of relu activations can be exported; see docs/families.md")
         return ("vocabulary_weights",)

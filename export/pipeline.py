@@ -7,6 +7,7 @@ import fcntl
 import importlib.metadata
 import logging
 import os
+import re
 import shutil
 import string
 import tempfile
@@ -24,9 +25,9 @@ from export.graph import Graph, load_graph
 from export.packed import on_any_provider
 from export.precision import Cosines, cosines_of, spend_precision
 from export.quantize import Quantized, find_linears, quantize_graph, quantize_linears
-from export.source import Checkpoint, resolve_source
+from export.source import Checkpoint, load_tokenizer, resolve_source
 from export.trace import trace
-from export.verify import Answers, reference_answers, special_ids, verification_texts, verify_variant
+from export.verify import Answers, long_text, reference_answers, special_ids, verification_texts, verify_variant
 from runtime.errors import ProviderError
 from runtime.manifest import (
     FORMAT_VERSION,
@@ -131,6 +132,7 @@ def export_model(
         graph = build_graph(checkpoint, encoder)
         progress("asking transformers", 0.15)
         questions = verification_texts()
+        questions = [*questions, long_text(questions, checkpoint.spec.max_length or 0, tokenizer)]
         reference = reference_answers(checkpoint, questions)
         described = {}
         if "fp32" in variants:
@@ -156,7 +158,7 @@ def export_model(
         proven = {}
         for i, variant in enumerate(variants):
             progress(f"verifying {variant}", 0.85 + 0.1 * i / len(variants))
-            proven[variant] = verify(stage, manifest, variant, reference)
+            proven[variant] = verify(stage, manifest, variant, reference, questions)
         progress("writing the artifact", 0.97)
         manifest = dataclasses.replace(manifest, variants=proven)
         (stage / MANIFEST).write_text(manifest.to_json(), "utf-8")
@@ -227,17 +229,13 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> "transformers.PreTrai
     Raises:
         ExportError: transformers can't make a fast tokenizer of it, or it isn't the one that the model goes with.
     """
-    import transformers  # slow to import
-
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(checkpoint.folder), use_fast=True, trust_remote_code=False
-        )
-        backend = tokenizer.backend_tokenizer
+        tokenizer = load_tokenizer(checkpoint)
     except Exception as error:  # transformers raises all sorts
         raise ExportError(
             f"{checkpoint.id}: no fast tokenizer can be made of its files ({first_line(error)}); add its tokenizer.json"
         ) from None
+    backend = tokenizer.backend_tokenizer
     rows, ids = checkpoint.config.take("vocab_size", int), backend.get_vocab(with_added_tokens=True).values()
     if rows and max(ids, default=0) >= rows:
         raise ExportError(
@@ -251,9 +249,15 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> "transformers.PreTrai
             f"{settings.path}: do_lower_case is true, which its tokenizer doesn't do and can't be exported yet; "
             "without it the vectors would be wrong"
         )
-    backend.no_padding()
-    backend.no_truncation()
-    path.write_text(backend.to_str(), "utf-8")
+    if tokenizer.truncation_side == "left":
+        raise ExportError(
+            f"{checkpoint.id}: its tokenizer cuts texts on the left (truncation_side), and the runtime only on the right; "
+            "with that, long texts would have other vectors"
+        )
+    saved = backend.to_str()
+    if checkpoint.spec.kind == "reranker" and "token_type_ids" not in tokenizer.model_input_names:
+        saved = re.sub(r'"type_id":\s*\d+', '"type_id":0', saved)  # as the model takes those that it isn't given
+    path.write_text(saved, "utf-8")
     return tokenizer
 
 
@@ -271,9 +275,9 @@ def write_variant(name: str, graph: Graph, stage: Path, **described: Any) -> Var
     )
 
 
-def verify(stage: Path, manifest: Manifest, name: str, reference: Answers) -> Variant:
+def verify(stage: Path, manifest: Manifest, name: str, reference: Answers, texts: list[str]) -> Variant:
     """A variant with its parity, measured on a GPU where it is for one, or else by its stand-in."""
-    variant, texts, cpu, cuda = manifest.variants[name], verification_texts(), *PROVIDERS["fp32"]
+    variant, cpu, cuda = manifest.variants[name], *PROVIDERS["fp32"]
     if cpu in variant.providers:
         return dataclasses.replace(variant, parity=verify_variant(stage, name, reference, texts), verified_on=cpu)
     try:

@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes  # noqa: F401  lets numpy, and so safetensors, read bfloat16
 import numpy as np
@@ -21,6 +21,9 @@ from export.errors import ExportError, first_line
 from export.graph import Loader
 from runtime.manifest import Pooling, Source
 
+if TYPE_CHECKING:
+    import transformers
+
 METADATA = (
     "config.json",
     "*token*.json",
@@ -28,7 +31,7 @@ METADATA = (
     "merges.txt",
     "*.model",
     "modules.json",
-    "*_Pooling/config.json",
+    "*Pooling/config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
     "LICENSE*",
@@ -155,6 +158,27 @@ def resolve_source(
     )
     checkpoint.weight_files()
     return checkpoint
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> "transformers.PreTrainedTokenizerFast":
+    """The checkpoint's fast tokenizer, converted if it has only a vocabulary; it neither cuts nor pads.
+
+    Raises:
+        Exception: Of any sort, as transformers does.
+    """
+    import transformers  # slow to import
+
+    folder = checkpoint.folder
+    named = read_json(folder / "tokenizer_config.json", {}).get("tokenizer_class")
+    if (
+        named == "TokenizersBackend" and (folder / "tokenizer.json").exists()
+    ):  # transformers 5's PreTrainedTokenizerFast
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens={})
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer
 
 
 def _package_folder(spec: ModelSpec) -> Path | None:

@@ -175,6 +175,25 @@ def test_without_modules_json_the_catalog_says_whether_vectors_are_normalised(de
     assert not describe(normalize=False).normalize
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (None, "1_SpladePooling/config.json: no such file"),
+        ({"pooling_strategy": "max", "activation_function": "log1p_relu"}, "only max pooling of relu"),
+        ({"pooling_strategy": "sum"}, "only max pooling of relu"),
+        ({"pooling_strategy": "max", "activation_function": "relu"}, None),
+    ],
+)
+def test_a_splade_says_how_it_pools_and_any_way_but_ours_is_an_error(describe, settings, said):
+    files = {"modules.json": modules("MLMTransformer", "SpladePooling")}
+    files |= {"1_SpladePooling/config.json": settings} if settings else {}
+    if said:
+        with pytest.raises(ExportError, match=said):
+            describe(files)
+    else:
+        assert describe(files).outputs == ("vocabulary_weights",)
+
+
 @pytest.mark.parametrize("name", ["Dense", "LayerNorm", "StaticEmbedding"])
 def test_a_module_that_would_change_the_vectors_is_an_error(describe, name):
     with pytest.raises(ExportError, match=f"module {name} can't be exported"):

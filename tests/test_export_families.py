@@ -1,6 +1,8 @@
 """Every family that is built gives what transformers gives, in each of its outputs, and int8 stays close."""
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import onnxruntime
@@ -76,6 +78,26 @@ def test_a_reranker_has_the_logits_of_transformers(checkpoint, tmp_path, family)
     assert parity.score_max_diff < 1e-4
     assert parity.score_spearman > 0.9999
     assert (artifact.manifest.kind, artifact.manifest.outputs, artifact.manifest.dim) == ("reranker", ("logits",), 1)
+
+
+@pytest.mark.parametrize("family", ["modernbert", "bert"])
+@pytest.mark.parametrize("types", [True, False])
+def test_a_reranker_whose_tokenizer_transformers_has_no_class_for_gets_its_special_tokens(
+    checkpoint, tmp_path, family, types
+):
+    folder = shutil.copytree(checkpoint(family, "ForSequenceClassification", 0.3, num_labels=1), tmp_path / "m")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["model_input_names"] = ["input_ids", "attention_mask"] + ["token_type_ids"] * types
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    artifact = export_model(str(folder), tmp_path / "out", ["fp32"])
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    inputs = transformers.AutoTokenizer.from_pretrained(folder)("bread", "a wheel", return_tensors="pt")
+    accepted = {name: value for name, value in inputs.items() if family == "bert" or name != "token_type_ids"}
+    with torch.inference_mode():
+        expected = model(**accepted).logits.item()
+    assert inputs["input_ids"][0, 0] == 2  # [CLS]
+    assert Reranker(artifact.path, "fp32").compute_score(("bread", "a wheel")) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "modernbert"])
