@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import importlib.metadata
 import logging
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from export.calibrate import calibration_pairs, calibration_texts, collect
 from export.card import model_card
-from export.catalog import read_json
+from export.catalog import read_json, sentence_config
 from export.errors import ExportError, first_line
 from export.families import Family, find_family, weight_finder
 from export.graph import Graph, load_graph
@@ -57,6 +58,8 @@ PROVIDERS = {
 """Where each variant runs."""
 TOOLS = ("bge-onnx", "torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers", "numpy")
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk, or of what a process may write, that more space mends."""
 CALIBRATION_TOKENS = 512
 """Most tokens read of a calibration text."""
 
@@ -123,7 +126,7 @@ def export_model(
         raise ExportError(f"{checkpoint.id}: gives no dense vectors that a least cosine could hold for")
     out = (out or Path("artifacts") / checkpoint.spec.name).absolute()
     texts = calibration_texts(calibration) if "int8" in variants else []
-    with staging_folder(out, force) as stage:
+    with staging_folder(out, force) as stage, named(checkpoint):
         progress("reading the tokenizer", 0.02)
         tokenizer = write_tokenizer(checkpoint, stage / TOKENIZER)
         progress("building the graph", 0.06)
@@ -166,6 +169,17 @@ def export_model(
     return Artifact(out, manifest)
 
 
+@contextlib.contextmanager
+def named(checkpoint: Checkpoint) -> Iterator[None]:
+    """Puts the checkpoint's name before the errors of steps that know only its graph or its weights."""
+    try:
+        yield
+    except ExportError as error:
+        if str(error).startswith((checkpoint.id, str(checkpoint.folder))):
+            raise
+        raise type(error)(f"{checkpoint.id}: {error}") from error
+
+
 def find_encoder(checkpoint: Checkpoint) -> Encoder | None:
     """The family that builds a checkpoint's graph, with its configuration; None of one that has to be traced."""
     config = checkpoint.config
@@ -173,9 +187,9 @@ def find_encoder(checkpoint: Checkpoint) -> Encoder | None:
     try:
         encoder = family.config(config) if family else None
     except KeyError as missing:
-        raise ExportError(f"{checkpoint.id}: config.json has no {missing}; download the checkpoint again") from None
+        raise ExportError(f"{checkpoint.id}: config.json has no {missing}; save it whole with transformers") from None
     except (AttributeError, TypeError, ValueError) as error:  # as a value of the wrong type raises
-        raise ExportError(f"{checkpoint.id}: config.json doesn't fit: {error}; download the checkpoint again") from None
+        raise ExportError(f"{checkpoint.id}: config.json doesn't fit: {error}; mend it in a local copy") from None
     return (family, encoder) if family and encoder else None
 
 
@@ -242,7 +256,7 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> "transformers.PreTrai
             f"{checkpoint.id}: its tokenizer has ids up to {max(ids)} where the model has {rows} words; they don't "
             "belong together, download the checkpoint again"
         )
-    settings = read_json(checkpoint.folder / "sentence_bert_config.json", {})
+    settings = sentence_config(checkpoint.folder)
     upper = " ".join(string.ascii_uppercase)
     if settings.take("do_lower_case", bool) and backend.encode(upper).ids != backend.encode(upper.lower()).ids:
         raise ExportError(
@@ -251,8 +265,8 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> "transformers.PreTrai
         )
     if tokenizer.truncation_side == "left":
         raise ExportError(
-            f"{checkpoint.id}: its tokenizer cuts texts on the left (truncation_side), and the runtime only on the right; "
-            "with that, long texts would have other vectors"
+            f"{checkpoint.id}: its tokenizer cuts texts on the left (truncation_side), the runtime only on the right, "
+            "so long texts would have other vectors; if right was meant, mend tokenizer_config.json in a local copy"
         )
     saved = backend.to_str()
     if checkpoint.spec.kind == "reranker" and "token_type_ids" not in tokenizer.model_input_names:
@@ -370,8 +384,8 @@ def staging_folder(out: Path, force: bool) -> Iterator[Path]:
         if error.errno is None:  # transformers raises bare OSErrors that have nothing to do with a disk
             raise
         raise ExportError(
-            f"{error.filename or out}: {(error.strerror or str(error)).lower()}; nothing was written, free some space "
-            "or choose another --out or TMPDIR"
+            f"{error.filename or out}: {(error.strerror or str(error)).lower()}; nothing was written, "
+            f"{'free some space' if error.errno in FULL else 'mend that'} or choose another --out or TMPDIR"
         ) from error
     finally:
         if stage is not None:

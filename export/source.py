@@ -16,7 +16,16 @@ import ml_dtypes  # noqa: F401  lets numpy, and so safetensors, read bfloat16
 import numpy as np
 import safetensors
 
-from export.catalog import M3_HEADS, ModelSpec, Settings, describe_checkpoint, find_model, read_json, suggest
+from export.catalog import (
+    M3_HEADS,
+    SENTENCE_CONFIGS,
+    ModelSpec,
+    Settings,
+    describe_checkpoint,
+    find_model,
+    read_json,
+    suggest,
+)
 from export.errors import ExportError, first_line
 from export.graph import Loader
 from runtime.manifest import Pooling, Source
@@ -32,7 +41,7 @@ METADATA = (
     "*.model",
     "modules.json",
     "*Pooling/config.json",
-    "sentence_bert_config.json",
+    *SENTENCE_CONFIGS,
     "config_sentence_transformers.json",
     "LICENSE*",
     "*_linear.pt",
@@ -76,7 +85,7 @@ class Checkpoint:
         """
         index = self.folder / "model.safetensors.index.json"
         shards = ["model.safetensors"]
-        if index.exists():
+        if index.exists() and not (self.folder / "model.safetensors").exists():  # which transformers prefers
             shards = sorted({str(shard) for shard in read_json(index).take("weight_map", dict, {}).values()})
         if not shards or any(Path(shard).name != shard for shard in shards):
             raise ExportError(f"{index}: its weight_map doesn't name files beside it; download the checkpoint again")
@@ -170,9 +179,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> "transformers.PreTrainedTokenizerF
 
     folder = checkpoint.folder
     named = read_json(folder / "tokenizer_config.json", {}).get("tokenizer_class")
-    if (
-        named == "TokenizersBackend" and (folder / "tokenizer.json").exists()
-    ):  # transformers 5's PreTrainedTokenizerFast
+    if named == "TokenizersBackend" and (folder / "tokenizer.json").exists():  # as transformers 5 calls the class
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens={})
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)

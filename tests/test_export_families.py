@@ -100,6 +100,13 @@ def test_a_reranker_whose_tokenizer_transformers_has_no_class_for_gets_its_speci
     assert Reranker(artifact.path, "fp32").compute_score(("bread", "a wheel")) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["roberta", "mpnet", "bert"])
+def test_the_words_head_of_a_splade_has_the_activation_of_transformers(checkpoint, tmp_path, family):
+    folder = make_splade(checkpoint(family, "ForMaskedLM", 0.3, hidden_act="relu"))
+    artifact = export_model(str(folder), tmp_path / "out", ["fp32"])
+    assert artifact.manifest.variants["fp32"].parity.sparse_max_diff < 1e-4
+
+
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "modernbert"])
 def test_a_splade_has_the_weights_of_transformers(checkpoint, tmp_path, family):
     folder = make_splade(checkpoint(family, "ForMaskedLM"))
@@ -192,6 +199,31 @@ def test_modernberts_thetas_are_read_as_transformers_5_writes_them_too():
     assert read(new | {"rope_parameters": rope}) == dataclasses.replace(read(old), global_theta=5e4, local_theta=3e3)
     with pytest.raises(ValueError, match="rope_parameters scale"):
         read(new | {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}})
+
+
+def test_a_modernbert_whose_layers_are_local_in_another_order_is_refused():
+    read, old = find_family("modernbert").config, CONFIGS["modernbert"]().to_dict()
+    types = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    assert read(old | {"layer_types": types}) == read(old)
+    with pytest.raises(ValueError, match="layer_types"):
+        read(old | {"layer_types": types[1:] + types[:1]})
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_bge_m3s_heads_stand_beside_other_families_too(checkpoint, tmp_path, family):
+    folder = shutil.copytree(checkpoint(family), tmp_path / "m")
+    for name, width in (("sparse_linear", 1), ("colbert_linear", 32)):
+        torch.save(torch.nn.Linear(32, width).state_dict(), folder / f"{name}.pt")
+    parity = export_model(str(folder), tmp_path / "out", ["fp32"]).manifest.variants["fp32"].parity
+    assert parity.sparse_max_diff < 1e-4
+    assert parity.colbert_cosine_min > 0.99999
+
+
+def test_only_words_are_rounded_to_int8_not_mpnets_biases_nor_positions(checkpoint, tmp_path):
+    folder = checkpoint("mpnet", vocab_size=1200, max_position_embeddings=1100)
+    graph = load_graph(export_model(str(folder), tmp_path / "out", ["int8"]).path / "model.int8.onnx")
+    assert graph.weights["embeddings.word.int8"]().shape == (1200, 32)
+    assert graph.weights["attention_bias"]().dtype == graph.weights["embeddings.position"]().dtype == np.float32
 
 
 @pytest.mark.parametrize(
