@@ -2,9 +2,10 @@
 
 import concurrent.futures
 import functools
+import heapq
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from runtime.session import Session, run_session, usable_cpus
 
 ROWS = 1024
 """About how many tokens are kept of each linear's input, beside the extreme ones."""
+EXTREMES = 1024
+"""Of how many texts, the most extreme ones, the most extreme token is kept too; so memory doesn't grow with the texts."""
 
 
 @dataclass(slots=True)
@@ -27,7 +30,29 @@ class Sample:
     absmax: np.ndarray
     """Largest magnitude of each channel over all calibration tokens, float32 ``(channels,)``."""
     rows: np.ndarray
-    """A sample of tokens, float32 ``(rows, channels)``; each text's most extreme token is in it."""
+    """A sample of tokens, float32 ``(rows, channels)``; the most extreme token of each of ``EXTREMES`` texts is in it."""
+
+
+@dataclass(slots=True)
+class Kept:
+    """What is kept of a value while texts are run."""
+
+    absmax: np.ndarray = field(default_factory=lambda: np.zeros(1, np.float32))
+    rows: dict[int, np.ndarray] = field(default_factory=dict)
+    """Of each text by its number."""
+    extremes: list[tuple[float, int, np.ndarray]] = field(default_factory=list)
+    """A heap: the magnitude of a text's most extreme token, the text's number downwards, which of its rows are drawn."""
+
+    def add(self, number: int, magnitude: np.ndarray, rows: np.ndarray, drawn: np.ndarray) -> None:
+        """Keep of a text the drawn tokens and the most extreme one, until there are too many others more extreme."""
+        self.absmax = np.maximum(self.absmax, magnitude)
+        self.rows[number] = rows
+        heapq.heappush(self.extremes, (float(magnitude.max()), -number, drawn))
+        if len(self.extremes) > EXTREMES:
+            _, negative, drawn = heapq.heappop(self.extremes)
+            rows = self.rows.pop(-negative)[drawn]
+            if len(rows):
+                self.rows[-negative] = rows
 
 
 def calibration_texts(path: Path | None = None) -> list[str]:
@@ -80,13 +105,14 @@ def collect(
     with tempfile.TemporaryDirectory(prefix="bge-onnx-") as scratch:
         session = _session(graph, values, Path(scratch) / "calibrate.onnx")
         with concurrent.futures.ThreadPoolExecutor(usable_cpus()) as pool:
-            observed = list(pool.map(functools.partial(_observe, session, values), texts, drawn))
+            kept = [Kept() for _ in values]
+            for number, observed in enumerate(pool.map(functools.partial(_observe, session, values), texts, drawn)):
+                for part, seen in zip(kept, observed, strict=True):
+                    part.add(number, *seen)
     merged = {}
-    for i, value in enumerate(values):
-        absmax = np.max([samples[i].absmax for samples in observed], axis=0)
-        merged[value] = Sample(absmax, np.concatenate([samples[i].rows for samples in observed]))
-        for samples in observed:
-            samples[i].rows = samples[i].rows[:0]  # a large model's would be held twice
+    for value in values:
+        held = kept.pop(0)  # a large model's would be held twice
+        merged[value] = Sample(held.absmax, np.concatenate(list(held.rows.values())))
     return merged
 
 
@@ -95,8 +121,8 @@ def _observe(
     values: Sequence[str],
     text: tuple[Sequence[int], Sequence[int]],
     drawn: np.ndarray,
-) -> list[Sample]:
-    """What the values held on one text: of its tokens, the drawn ones and the most extreme one."""
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each value on one text, channels' magnitudes, the drawn tokens and the most extreme one, and which are drawn."""
     ids, types = (np.array([part], np.int64) for part in text)
     try:
         held = run_session(session, values, ids, types)
@@ -108,8 +134,9 @@ def _observe(
     samples = []
     for rows in (value.reshape(-1, value.shape[-1]) for value in held):
         magnitude = np.abs(rows)
-        extreme = np.arange(len(rows)) == magnitude.max(axis=1).argmax()
-        samples.append(Sample(magnitude.max(axis=0), rows[drawn[: len(rows)] | extreme]))
+        some = np.resize(drawn, len(rows))
+        chosen = some | (np.arange(len(rows)) == magnitude.max(axis=1).argmax())
+        samples.append((magnitude.max(axis=0), rows[chosen], some[chosen]))
     return samples
 
 

@@ -46,8 +46,23 @@ class ModelSpec:
     outputs: tuple[Output, ...] = ("last_hidden_state",)
 
 
+PASSAGES = ("document", "passage", "corpus")
+"""sentence-transformers' names of a passage's prompt; the first that there is wins."""
+SENTENCE_CONFIGS = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""sentence-transformers' names of what holds a model's max length; the first that isn't empty wins."""
 M3_HEADS = ("sparse_linear", "colbert_linear")
 """Files of BGE-M3 (with ``.pt``), which give it sparse and multi-vector outputs beside the dense one."""
+
+
+AUTO_CLASSES: dict[Output, str] = {
+    "last_hidden_state": "AutoModel",
+    "logits": "AutoModelForSequenceClassification",
+    "vocabulary_weights": "AutoModelForMaskedLM",
+}
+"""What transformers loads a model with, by its first output."""
 
 
 @functools.cache
@@ -96,6 +111,11 @@ def describe_checkpoint(spec: ModelSpec, folder: Path, pooling: Pooling | None) 
     )
     kind: Kind = "reranker" if is_reranker or spec.kind == "reranker" else "embedder"
     outputs = _outputs(folder, kind, modules, config)
+    if custom := (config.take("auto_map", dict) or {}).get(AUTO_CLASSES[outputs[0]]):
+        raise ExportError(
+            f"{config.path}: its auto_map names code of its own for the model ({custom!s:.60}), which is never run; if "
+            "transformers' own class gives the same, export a local copy without the auto_map"
+        )
     pools = "last_hidden_state" in outputs
     chosen = (pooling or _declared_pooling(folder, modules) or spec.pooling) if pools else None
     if pools and chosen is None:
@@ -105,7 +125,9 @@ def describe_checkpoint(spec: ModelSpec, folder: Path, pooling: Pooling | None) 
         )
     path = folder / "config_sentence_transformers.json"
     given = Settings(path, read_json(path, {}).take("prompts", dict) or {})
-    prompts = {{"document": "passage"}.get(key, key): text for key in given if (text := given.take(key, str))}
+    passage = next((key for key in PASSAGES if key in given), None)
+    names = {key: "passage" if key in PASSAGES else key for key in given if key == passage or key not in PASSAGES}
+    prompts = {name: text for key, name in names.items() if (text := given.take(key, str))}
     return dataclasses.replace(
         spec,
         kind=kind,
@@ -148,9 +170,14 @@ def _outputs(folder: Path, kind: Kind, modules: dict[str, str], config: "Setting
         return ("logits",)
     if "SpladePooling" in modules:
         path = folder / modules["SpladePooling"] / "config.json"
-        settings = read_json(path, {})
+        settings = read_json(path)
         if (settings.get("pooling_strategy", "max"), settings.get("activation_function", "relu")) != ("max", "relu"):
             raise ExportError(f"{path}: only max pooling of relu activations can be exported; see docs/families.md")
+        if config.get("tie_word_embeddings") is False:
+            raise ExportError(
+                f"{config.path}: tie_word_embeddings is false, and a SPLADE with an output matrix of its own can't be "
+                "exported yet; with its word embeddings the weights would be wrong"
+            )
         return ("vocabulary_weights",)
     if all((folder / f"{head}.pt").exists() for head in M3_HEADS):
         return ("last_hidden_state", "token_weights", "token_vectors")
@@ -163,7 +190,11 @@ def _dim(config: "Settings", outputs: tuple[Output, ...]) -> int | None:
             return 1
         case "vocabulary_weights":
             return config.take("vocab_size", int)
-    return config.take("hidden_size", int) or config.take("dim", int)
+    names = ("hidden_size", "dim", "d_model", "n_embd")
+    dim = next((config.take(name, int) for name in names if config.get(name)), None)
+    if dim is None:
+        raise ExportError(f"{config.path}: none of {', '.join(names)} says how long its vectors are; add hidden_size")
+    return dim
 
 
 def _declared_pooling(folder: Path, modules: dict[str, str]) -> Pooling | None:
@@ -189,6 +220,12 @@ def _declared_pooling(folder: Path, modules: dict[str, str]) -> Pooling | None:
     return cast(Pooling, names[modes[0]])
 
 
+def sentence_config(folder: Path) -> "Settings":
+    """What sentence-transformers says of a model's texts: their length, and if they are lower-cased."""
+    found = (read_json(folder / name, {}) for name in SENTENCE_CONFIGS)
+    return next(filter(None, found), Settings(folder / SENTENCE_CONFIGS[0], {}))
+
+
 def _max_length(spec: ModelSpec, folder: Path, config: "Settings") -> int:
     """The checkpoint's own limit, else the catalog's, never more than it has positions.
 
@@ -197,9 +234,10 @@ def _max_length(spec: ModelSpec, folder: Path, config: "Settings") -> int:
     """
     positions = config.take("max_position_embeddings", int) or 512
     if config.get("model_type") in ("roberta", "xlm-roberta", "mpnet", "camembert"):
-        positions -= config.take("pad_token_id", int, 1) + 1  # their positions start behind the padding id
+        pad = 1 if config["model_type"] == "mpnet" else config.take("pad_token_id", int, 1)  # as transformers
+        positions -= pad + 1  # their positions start behind the padding id
     limits = (
-        read_json(folder / "sentence_bert_config.json", {}).take("max_seq_length", int | float),
+        sentence_config(folder).take("max_seq_length", int | float),
         spec.max_length,
         read_json(folder / "tokenizer_config.json", {}).take("model_max_length", int | float),
     )
@@ -230,7 +268,7 @@ class Settings(dict[str, Any]):
         if value is default or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
             return value
         wanted = getattr(kind, "__name__", kind)
-        raise ExportError(f"{self.path}: {key} is {value!r:.60}, not {wanted}; download the checkpoint again")
+        raise ExportError(f"{self.path}: {key} is {value!r:.60}, not {wanted}; mend it in a local copy")
 
 
 def read_json(path: Path, default: Any = None) -> Any:  # noqa: ANN401

@@ -44,6 +44,8 @@ class EncoderConfig:
     """MPNet's (T5's) distance buckets, each with an attention bias per head; 0 for none."""
     head_activation: Literal["tanh", "relu"] = "tanh"
     """Between the two linears of a score head."""
+    mlm_activation: Activation | None = None
+    """Of a masked language model's head; None is that of the layers."""
 
     def __post_init__(self) -> None:
         """Check what a spoilt ``config.json`` may hold.
@@ -181,7 +183,8 @@ def _output(graph: Graph, config: EncoderConfig, weight: Weights, output: Output
             graph.add("Reshape", linear(graph, weight, "colbert", x, hidden, hidden), "hidden_shape", name=output)
             graph.outputs.append(float_value(output, "batch", "tokens", hidden))
         case "vocabulary_weights":
-            x = activate(graph, config.activation, linear(graph, weight, "mlm.dense", x, hidden, hidden))
+            dense = linear(graph, weight, "mlm.dense", x, hidden, hidden)
+            x = activate(graph, config.mlm_activation or config.activation, dense)
             x = norm(graph, weight, "mlm.norm", x, hidden, config.norm_eps)
             vocabulary_weights(graph, weight, x, config.vocab, hidden)
 

@@ -99,7 +99,7 @@ def _initializer(name: str, array: np.ndarray, apart: BinaryIO | None) -> bytes:
         tensor.data_location = TensorProto.EXTERNAL
         place = {"location": Path(apart.name).name, "offset": str(apart.tell()), "length": str(array.nbytes)}
         tensor.external_data.extend(onnx.StringStringEntryProto(key=key, value=value) for key, value in place.items())
-        array.tofile(apart)
+        apart.write(array.reshape(-1).view(np.uint8).data)  # tofile's error doesn't tell a full disk
     return onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor])).SerializeToString()
 
 

@@ -3,10 +3,12 @@
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import importlib.metadata
 import logging
 import os
+import re
 import shutil
 import string
 import tempfile
@@ -17,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from export.calibrate import calibration_pairs, calibration_texts, collect
 from export.card import model_card
-from export.catalog import read_json
+from export.catalog import read_json, sentence_config
 from export.errors import ExportError, first_line
 from export.families import Family, find_family, weight_finder
 from export.graph import Graph, load_graph
 from export.packed import on_any_provider
 from export.precision import Cosines, cosines_of, spend_precision
 from export.quantize import Quantized, find_linears, quantize_graph, quantize_linears
-from export.source import Checkpoint, resolve_source
+from export.source import Checkpoint, load_tokenizer, resolve_source
 from export.trace import trace
-from export.verify import Answers, reference_answers, special_ids, verification_texts, verify_variant
+from export.verify import Answers, long_text, reference_answers, special_ids, verification_texts, verify_variant
 from runtime.errors import ProviderError
 from runtime.manifest import (
     FORMAT_VERSION,
@@ -56,6 +58,8 @@ PROVIDERS = {
 """Where each variant runs."""
 TOOLS = ("bge-onnx", "torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers", "numpy")
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk, or of what a process may write, that more space mends."""
 CALIBRATION_TOKENS = 512
 """Most tokens read of a calibration text."""
 
@@ -122,7 +126,7 @@ def export_model(
         raise ExportError(f"{checkpoint.id}: gives no dense vectors that a least cosine could hold for")
     out = (out or Path("artifacts") / checkpoint.spec.name).absolute()
     texts = calibration_texts(calibration) if "int8" in variants else []
-    with staging_folder(out, force) as stage:
+    with staging_folder(out, force) as stage, named(checkpoint):
         progress("reading the tokenizer", 0.02)
         tokenizer = write_tokenizer(checkpoint, stage / TOKENIZER)
         progress("building the graph", 0.06)
@@ -131,6 +135,7 @@ def export_model(
         graph = build_graph(checkpoint, encoder)
         progress("asking transformers", 0.15)
         questions = verification_texts()
+        questions = [*questions, long_text(questions, checkpoint.spec.max_length or 0, tokenizer)]
         reference = reference_answers(checkpoint, questions)
         described = {}
         if "fp32" in variants:
@@ -156,12 +161,23 @@ def export_model(
         proven = {}
         for i, variant in enumerate(variants):
             progress(f"verifying {variant}", 0.85 + 0.1 * i / len(variants))
-            proven[variant] = verify(stage, manifest, variant, reference)
+            proven[variant] = verify(stage, manifest, variant, reference, questions)
         progress("writing the artifact", 0.97)
         manifest = dataclasses.replace(manifest, variants=proven)
         (stage / MANIFEST).write_text(manifest.to_json(), "utf-8")
         (stage / "README.md").write_text(model_card(manifest), "utf-8")
     return Artifact(out, manifest)
+
+
+@contextlib.contextmanager
+def named(checkpoint: Checkpoint) -> Iterator[None]:
+    """Puts the checkpoint's name before the errors of steps that know only its graph or its weights."""
+    try:
+        yield
+    except ExportError as error:
+        if str(error).startswith((checkpoint.id, str(checkpoint.folder))):
+            raise
+        raise type(error)(f"{checkpoint.id}: {error}") from error
 
 
 def find_encoder(checkpoint: Checkpoint) -> Encoder | None:
@@ -171,9 +187,9 @@ def find_encoder(checkpoint: Checkpoint) -> Encoder | None:
     try:
         encoder = family.config(config) if family else None
     except KeyError as missing:
-        raise ExportError(f"{checkpoint.id}: config.json has no {missing}; download the checkpoint again") from None
+        raise ExportError(f"{checkpoint.id}: config.json has no {missing}; save it whole with transformers") from None
     except (AttributeError, TypeError, ValueError) as error:  # as a value of the wrong type raises
-        raise ExportError(f"{checkpoint.id}: config.json doesn't fit: {error}; download the checkpoint again") from None
+        raise ExportError(f"{checkpoint.id}: config.json doesn't fit: {error}; mend it in a local copy") from None
     return (family, encoder) if family and encoder else None
 
 
@@ -227,33 +243,35 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> "transformers.PreTrai
     Raises:
         ExportError: transformers can't make a fast tokenizer of it, or it isn't the one that the model goes with.
     """
-    import transformers  # slow to import
-
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(checkpoint.folder), use_fast=True, trust_remote_code=False
-        )
-        backend = tokenizer.backend_tokenizer
+        tokenizer = load_tokenizer(checkpoint)
     except Exception as error:  # transformers raises all sorts
         raise ExportError(
             f"{checkpoint.id}: no fast tokenizer can be made of its files ({first_line(error)}); add its tokenizer.json"
         ) from None
+    backend = tokenizer.backend_tokenizer
     rows, ids = checkpoint.config.take("vocab_size", int), backend.get_vocab(with_added_tokens=True).values()
     if rows and max(ids, default=0) >= rows:
         raise ExportError(
             f"{checkpoint.id}: its tokenizer has ids up to {max(ids)} where the model has {rows} words; they don't "
             "belong together, download the checkpoint again"
         )
-    settings = read_json(checkpoint.folder / "sentence_bert_config.json", {})
+    settings = sentence_config(checkpoint.folder)
     upper = " ".join(string.ascii_uppercase)
     if settings.take("do_lower_case", bool) and backend.encode(upper).ids != backend.encode(upper.lower()).ids:
         raise ExportError(
             f"{settings.path}: do_lower_case is true, which its tokenizer doesn't do and can't be exported yet; "
             "without it the vectors would be wrong"
         )
-    backend.no_padding()
-    backend.no_truncation()
-    path.write_text(backend.to_str(), "utf-8")
+    if tokenizer.truncation_side == "left":
+        raise ExportError(
+            f"{checkpoint.id}: its tokenizer cuts texts on the left (truncation_side), the runtime only on the right, "
+            "so long texts would have other vectors; if right was meant, mend tokenizer_config.json in a local copy"
+        )
+    saved = backend.to_str()
+    if checkpoint.spec.kind == "reranker" and "token_type_ids" not in tokenizer.model_input_names:
+        saved = re.sub(r'"type_id":\s*\d+', '"type_id":0', saved)  # as the model takes those that it isn't given
+    path.write_text(saved, "utf-8")
     return tokenizer
 
 
@@ -271,9 +289,9 @@ def write_variant(name: str, graph: Graph, stage: Path, **described: Any) -> Var
     )
 
 
-def verify(stage: Path, manifest: Manifest, name: str, reference: Answers) -> Variant:
+def verify(stage: Path, manifest: Manifest, name: str, reference: Answers, texts: list[str]) -> Variant:
     """A variant with its parity, measured on a GPU where it is for one, or else by its stand-in."""
-    variant, texts, cpu, cuda = manifest.variants[name], verification_texts(), *PROVIDERS["fp32"]
+    variant, cpu, cuda = manifest.variants[name], *PROVIDERS["fp32"]
     if cpu in variant.providers:
         return dataclasses.replace(variant, parity=verify_variant(stage, name, reference, texts), verified_on=cpu)
     try:
@@ -366,8 +384,8 @@ def staging_folder(out: Path, force: bool) -> Iterator[Path]:
         if error.errno is None:  # transformers raises bare OSErrors that have nothing to do with a disk
             raise
         raise ExportError(
-            f"{error.filename or out}: {(error.strerror or str(error)).lower()}; nothing was written, free some space "
-            "or choose another --out or TMPDIR"
+            f"{error.filename or out}: {(error.strerror or str(error)).lower()}; nothing was written, "
+            f"{'free some space' if error.errno in FULL else 'mend that'} or choose another --out or TMPDIR"
         ) from error
     finally:
         if stage is not None:

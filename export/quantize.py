@@ -35,7 +35,7 @@ MIN_OUTPUTS = 16
 ROWS_AT_ONCE = 8192
 """Of a table, which may take gigabytes."""
 MIN_ROWS = 1024
-"""A table with fewer rows (positions, token types) isn't worth quantising."""
+"""A vocabulary with fewer words isn't worth quantising."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,7 +170,7 @@ def quantize_graph(graph: Graph, quantized: Mapping[str, Quantized]) -> Graph:
             replaced |= {id(node): [] for node in linear.nodes}
             replaced[id(linear.nodes[0])] = nodes
             nodes = []
-    consumers = graph.consumers()
+    consumers, words = graph.consumers(), _word_ids(graph)
     for node in graph.nodes:
         if id(node) in replaced:
             result.nodes += replaced[id(node)]
@@ -178,7 +178,7 @@ def quantize_graph(graph: Graph, quantized: Mapping[str, Quantized]) -> Graph:
             # By tanh it takes three quarters of the time, and is off by 0.0005 at most: nothing beside a step of int8.
             result.nodes.append(helper.make_node("FastGelu", node.input, node.output, node.name, domain=MICROSOFT))
         else:
-            result.nodes += _embedding_nodes(result, node)
+            result.nodes += _embedding_nodes(result, node, words)
     used = {value for node in result.nodes for value in node.input}
     result.weights = {name: load for name, load in result.weights.items() if name in used}
     return attend_by_length(result)
@@ -344,11 +344,22 @@ def _linear_node(result: Graph, linear: Linear, quantized: str, rounded: Rounded
     return helper.make_node("MatMulIntegerToFloat", inputs, [linear.output], linear.output, domain=MICROSOFT)
 
 
-def _embedding_nodes(result: Graph, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """A lookup in a large float table as one in an int8 table with a scale per row; any other node as it is."""
+def _word_ids(graph: Graph) -> set[str]:
+    """The values that hold the token ids, reshaped or as another type."""
+    words = {"input_ids"}
+    for node in graph.nodes:
+        if node.op_type in ("Reshape", "Cast", "Identity") and node.input[0] in words:
+            words.add(node.output[0])
+    return words
+
+
+def _embedding_nodes(result: Graph, node: onnx.NodeProto, words: Set[str]) -> list[onnx.NodeProto]:
+    """A lookup of words as one in an int8 table with a scale per row; any other node, of positions too, as it is."""
     if node.op_type != "Gather" or node.input[0] not in result.weights or any(a.i for a in node.attribute):
         return [node]
     name, indices = node.input[0], node.input[1]
+    if indices not in words:
+        return [node]
     table = result.weights[name]()
     if table.ndim != 2 or len(table) < MIN_ROWS or table.dtype != np.float32:
         return [node]

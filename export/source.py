@@ -10,16 +10,28 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes  # noqa: F401  lets numpy, and so safetensors, read bfloat16
 import numpy as np
 import safetensors
 
-from export.catalog import M3_HEADS, ModelSpec, Settings, describe_checkpoint, find_model, read_json, suggest
+from export.catalog import (
+    M3_HEADS,
+    SENTENCE_CONFIGS,
+    ModelSpec,
+    Settings,
+    describe_checkpoint,
+    find_model,
+    read_json,
+    suggest,
+)
 from export.errors import ExportError, first_line
 from export.graph import Loader
 from runtime.manifest import Pooling, Source
+
+if TYPE_CHECKING:
+    import transformers
 
 METADATA = (
     "config.json",
@@ -28,8 +40,8 @@ METADATA = (
     "merges.txt",
     "*.model",
     "modules.json",
-    "*_Pooling/config.json",
-    "sentence_bert_config.json",
+    "*Pooling/config.json",
+    *SENTENCE_CONFIGS,
     "config_sentence_transformers.json",
     "LICENSE*",
     "*_linear.pt",
@@ -73,7 +85,7 @@ class Checkpoint:
         """
         index = self.folder / "model.safetensors.index.json"
         shards = ["model.safetensors"]
-        if index.exists():
+        if index.exists() and not (self.folder / "model.safetensors").exists():  # which transformers prefers
             shards = sorted({str(shard) for shard in read_json(index).take("weight_map", dict, {}).values()})
         if not shards or any(Path(shard).name != shard for shard in shards):
             raise ExportError(f"{index}: its weight_map doesn't name files beside it; download the checkpoint again")
@@ -155,6 +167,25 @@ def resolve_source(
     )
     checkpoint.weight_files()
     return checkpoint
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> "transformers.PreTrainedTokenizerFast":
+    """The checkpoint's fast tokenizer, converted if it has only a vocabulary; it neither cuts nor pads.
+
+    Raises:
+        Exception: Of any sort, as transformers does.
+    """
+    import transformers  # slow to import
+
+    folder = checkpoint.folder
+    named = read_json(folder / "tokenizer_config.json", {}).get("tokenizer_class")
+    if named == "TokenizersBackend" and (folder / "tokenizer.json").exists():  # as transformers 5 calls the class
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens={})
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer
 
 
 def _package_folder(spec: ModelSpec) -> Path | None:

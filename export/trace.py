@@ -16,6 +16,8 @@ TASKS: dict[tuple[Output, ...], str] = {
     ("logits",): "text-classification",
 }
 """optimum's name for what a graph should give."""
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+"""What the runtime gives a graph."""
 
 
 def trace(folder: Path, architecture: str | None, outputs: tuple[Output, ...]) -> Graph:
@@ -30,7 +32,7 @@ def trace(folder: Path, architecture: str | None, outputs: tuple[Output, ...]) -
         An fp32 graph; its inputs are the tokenizer's, a mask included.
 
     Raises:
-        ExportError: optimum doesn't know the architecture, fails on it, or can't give these outputs.
+        ExportError: optimum doesn't know the architecture, fails on it, can't give these outputs, or wants more inputs.
     """
     if outputs not in TASKS:
         raise ExportError(
@@ -60,6 +62,11 @@ def trace(folder: Path, architecture: str | None, outputs: tuple[Output, ...]) -
                 "docs/families.md for adding a family"
             ) from error
         graph = load_graph(Path(scratch) / "model.onnx")
+    if unfed := [value.name for value in graph.inputs if value.name not in INPUTS]:
+        raise ExportError(
+            f"{folder}: traced by optimum, {architecture!r} takes {', '.join(unfed)} beside {', '.join(INPUTS)}, which "
+            "the runtime doesn't give; see docs/families.md for adding a family"
+        )
     graph.outputs = [value for value in graph.outputs if value.name in outputs]
     if not graph.outputs:
         raise ExportError(f"{folder}: traced by optimum, {architecture!r} gives no {outputs[0]}; see docs/families.md")

@@ -1,6 +1,7 @@
 """Is the exported model the original? transformers is the oracle, and the very code that production runs answers."""
 
 import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from export.catalog import M3_HEADS
+from export.catalog import AUTO_CLASSES, M3_HEADS
 from export.errors import ExportError, ParityError, first_line
-from export.source import Checkpoint
+from export.source import Checkpoint, load_tokenizer
 from runtime import Embedder, Reranker
 from runtime.hybrid import LexicalWeights, compute_lexical_matching_score
 from runtime.manifest import Parity, load_manifest
@@ -52,6 +53,8 @@ THRESHOLDS: dict[str, dict[str, float]] = {
 }
 """What each figure of a variant's parity must reach, at least, or at most where it is a difference (``…_diff``)."""
 
+LONGEST = 2048
+"""Tokens up to which positions are verified, and 50 more."""
 QUERIES, PASSAGES, TOP = 8, 16, 5
 """Of a reranker: queries, passages that each is scored with, and how many of the best are compared."""
 
@@ -71,10 +74,25 @@ def verification_texts() -> list[str]:
     return files("export").joinpath("texts/verification.txt").read_text("utf-8").splitlines()
 
 
+def long_text(texts: list[str], max_length: int, tokenizer: Any) -> str:  # noqa: ANN401
+    """Of the texts, one past ``max_length``, so that truncation and late positions are verified too.
+
+    Of more than ``LONGEST`` tokens it is for no model, since transformers' attention takes memory by their square.
+    """
+    tokens, words = min(max_length, LONGEST) + 50, itertools.cycle(" ".join(texts).split())
+    text = " ".join(itertools.islice(words, tokens))
+    offsets = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).offsets
+    return text[: offsets[:tokens][-1][1]]
+
+
 def verification_pairs(texts: list[str]) -> list[tuple[str, str]]:
-    """Eight queries, each the first half of a text, with the same passages, of which one holds the query."""
+    """Eight queries, each the first half of a text, with the same passages, of which one holds the query.
+
+    The last pair is the last text twice: of a long one, query and passage are both cut.
+    """
     passages = texts[:: max(1, len(texts) // PASSAGES)][:PASSAGES]
-    return [(passage[: len(passage) // 2], other) for passage in passages[:QUERIES] for other in passages]
+    pairs = [(passage[: len(passage) // 2], other) for passage in passages[:QUERIES] for other in passages]
+    return [*pairs[:-1], (texts[-1], texts[-1])]
 
 
 def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
@@ -88,13 +106,12 @@ def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
 
     transformers.logging.set_verbosity_error()
     spec, folder = checkpoint.spec, str(checkpoint.folder)
-    loader = {"logits": "AutoModelForSequenceClassification", "vocabulary_weights": "AutoModelForMaskedLM"}
     answers = Answers()
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            model = getattr(transformers, loader.get(spec.outputs[0], "AutoModel")).from_pretrained(
+            tokenizer = load_tokenizer(checkpoint)
+            model = getattr(transformers, AUTO_CLASSES[spec.outputs[0]]).from_pretrained(
                 folder,
                 dtype=torch.float32,
                 use_safetensors=not checkpoint.allow_pickle or None,
@@ -137,12 +154,16 @@ def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
 
 
 def _pair_inputs(tokenizer: Any, pair: tuple[str, str], max_length: int) -> Any:  # noqa: ANN401
-    """A pair as FlagEmbedding's ``FlagReranker`` tokenises it."""
-    query = tokenizer(pair[0], add_special_tokens=False, max_length=max_length * 3 // 4, truncation=True)
-    passage = tokenizer(pair[1], add_special_tokens=False, max_length=max_length, truncation=True)
-    return tokenizer.prepare_for_model(
-        query["input_ids"], passage["input_ids"], truncation="only_second", max_length=max_length
-    )
+    """A pair as FlagEmbedding's ``FlagReranker`` cuts it, with the special tokens of ``tokenizer.json``.
+
+    FlagReranker's ``prepare_for_model`` adds none where transformers has no class of its own for the tokenizer.
+    """
+    query, passage = (tokenizer.backend_tokenizer.encode(text, add_special_tokens=False) for text in pair)
+    query.truncate(max_length * 3 // 4)
+    passage.truncate(max(0, max_length - len(query) - tokenizer.num_special_tokens_to_add(pair=True)))
+    whole = tokenizer.backend_tokenizer.post_process(query, passage)
+    inputs = {"input_ids": whole.ids, "token_type_ids": whole.type_ids}
+    return {name: inputs[name] for name in inputs if name in tokenizer.model_input_names}
 
 
 def _pooled(states: "torch.Tensor", pooling: str | None, normalize: bool) -> "torch.Tensor":

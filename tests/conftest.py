@@ -180,6 +180,8 @@ def make_splade(folder: Path) -> Path:
     modules = [("MLMTransformer", ""), ("SpladePooling", "1_SpladePooling")]
     prefix = "sentence_transformers.sparse_encoder.models."
     (folder / "modules.json").write_text(json.dumps([{"type": prefix + name, "path": path} for name, path in modules]))
+    (folder / "1_SpladePooling").mkdir(exist_ok=True)
+    (folder / "1_SpladePooling" / "config.json").write_text('{"pooling_strategy": "max"}')
     return folder
 
 

@@ -175,6 +175,25 @@ def test_without_modules_json_the_catalog_says_whether_vectors_are_normalised(de
     assert not describe(normalize=False).normalize
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (None, "1_SpladePooling/config.json: no such file"),
+        ({"pooling_strategy": "max", "activation_function": "log1p_relu"}, "only max pooling of relu"),
+        ({"pooling_strategy": "sum"}, "only max pooling of relu"),
+        ({"pooling_strategy": "max", "activation_function": "relu"}, None),
+    ],
+)
+def test_a_splade_says_how_it_pools_and_any_way_but_ours_is_an_error(describe, settings, said):
+    files = {"modules.json": modules("MLMTransformer", "SpladePooling")}
+    files |= {"1_SpladePooling/config.json": settings} if settings else {}
+    if said:
+        with pytest.raises(ExportError, match=said):
+            describe(files)
+    else:
+        assert describe(files).outputs == ("vocabulary_weights",)
+
+
 @pytest.mark.parametrize("name", ["Dense", "LayerNorm", "StaticEmbedding"])
 def test_a_module_that_would_change_the_vectors_is_an_error(describe, name):
     with pytest.raises(ExportError, match=f"module {name} can't be exported"):
@@ -191,6 +210,41 @@ def test_prompts_come_from_the_checkpoint_under_our_names(describe):
     prompts = {"query": "q: ", "document": "d: ", "clustering": "c: "}
     files = {"config_sentence_transformers.json": {"prompts": prompts, "default_prompt_name": None}}
     assert describe(files, prompts={"query": "old"}).prompts == {"query": "q: ", "passage": "d: ", "clustering": "c: "}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "passage"),
+    [
+        ({"passage": "p: ", "document": "d: "}, "d: "),
+        ({"corpus": "c: ", "passage": "p: "}, "p: "),
+        ({"corpus": "c: "}, "c: "),
+        ({"document": "", "passage": "p: ", "query": "q: "}, None),  # present, if empty
+    ],
+)
+def test_a_passages_prompt_is_the_one_that_sentence_transformers_takes(describe, prompts, passage):
+    found = describe({"config_sentence_transformers.json": {"prompts": prompts}}).prompts
+    assert found.get("passage") == passage
+    assert found.keys() <= {"query", "passage"}
+
+
+@pytest.mark.parametrize("name", ["roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"])
+def test_max_length_is_read_under_all_names_that_sentence_transformers_knows(describe, name):
+    assert describe({f"sentence_{name}_config.json": {"max_seq_length": 77}}).max_length == 77
+    files = {"sentence_bert_config.json": {"max_seq_length": 66}, f"sentence_{name}_config.json": {}}
+    assert describe(files).max_length == 66
+
+
+@pytest.mark.parametrize("name", ["d_model", "n_embd"])
+def test_dimensions_are_read_under_other_names_and_missing_ones_are_an_error(describe, name):
+    assert describe(config={"hidden_size": None, name: 48}).dim == 48
+    with pytest.raises(ExportError, match="config.json: none of hidden_size, .* says how long its vectors are"):
+        describe(config={"hidden_size": None, name: None})
+
+
+def test_a_splade_whose_output_matrix_is_its_own_is_refused(describe):
+    files = {"modules.json": modules("MLMTransformer", "SpladePooling"), "1_SpladePooling/config.json": {}}
+    with pytest.raises(ExportError, match="config.json: tie_word_embeddings is false"):
+        describe(files, config={"tie_word_embeddings": False})
 
 
 @pytest.mark.parametrize(
@@ -224,9 +278,10 @@ def test_max_length_is_the_checkpoints_then_the_catalogs_then_the_tokenizers_the
 )
 def test_max_length_never_exceeds_the_usable_positions(tmp_path_factory, limit, positions, architecture, pad):
     folder = tmp_path_factory.mktemp("checkpoint")
-    config = {"model_type": architecture, "max_position_embeddings": positions, "pad_token_id": pad}
+    config = {"model_type": architecture, "hidden_size": 32, "max_position_embeddings": positions, "pad_token_id": pad}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": limit}))
+    pad = 1 if architecture == "mpnet" else pad  # transformers' MPNet doesn't read it
     usable = positions - (0 if architecture.endswith("bert") else pad + 1)
     assert describe_checkpoint(ModelSpec(name="m", pooling="cls"), folder, None).max_length == min(limit, usable)
 

@@ -1,6 +1,8 @@
 """Every family that is built gives what transformers gives, in each of its outputs, and int8 stays close."""
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import onnxruntime
@@ -76,6 +78,33 @@ def test_a_reranker_has_the_logits_of_transformers(checkpoint, tmp_path, family)
     assert parity.score_max_diff < 1e-4
     assert parity.score_spearman > 0.9999
     assert (artifact.manifest.kind, artifact.manifest.outputs, artifact.manifest.dim) == ("reranker", ("logits",), 1)
+
+
+@pytest.mark.parametrize("family", ["modernbert", "bert"])
+@pytest.mark.parametrize("types", [True, False])
+def test_a_reranker_whose_tokenizer_transformers_has_no_class_for_gets_its_special_tokens(
+    checkpoint, tmp_path, family, types
+):
+    folder = shutil.copytree(checkpoint(family, "ForSequenceClassification", 0.3, num_labels=1), tmp_path / "m")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["model_input_names"] = ["input_ids", "attention_mask"] + ["token_type_ids"] * types
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    artifact = export_model(str(folder), tmp_path / "out", ["fp32"])
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    inputs = transformers.AutoTokenizer.from_pretrained(folder)("bread", "a wheel", return_tensors="pt")
+    accepted = {name: value for name, value in inputs.items() if family == "bert" or name != "token_type_ids"}
+    with torch.inference_mode():
+        expected = model(**accepted).logits.item()
+    assert inputs["input_ids"][0, 0] == 2  # [CLS]
+    assert Reranker(artifact.path, "fp32").compute_score(("bread", "a wheel")) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["roberta", "mpnet", "bert"])
+def test_the_words_head_of_a_splade_has_the_activation_of_transformers(checkpoint, tmp_path, family):
+    folder = make_splade(checkpoint(family, "ForMaskedLM", 0.3, hidden_act="relu"))
+    artifact = export_model(str(folder), tmp_path / "out", ["fp32"])
+    assert artifact.manifest.variants["fp32"].parity.sparse_max_diff < 1e-4
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "modernbert"])
@@ -170,6 +199,31 @@ def test_modernberts_thetas_are_read_as_transformers_5_writes_them_too():
     assert read(new | {"rope_parameters": rope}) == dataclasses.replace(read(old), global_theta=5e4, local_theta=3e3)
     with pytest.raises(ValueError, match="rope_parameters scale"):
         read(new | {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}})
+
+
+def test_a_modernbert_whose_layers_are_local_in_another_order_is_refused():
+    read, old = find_family("modernbert").config, CONFIGS["modernbert"]().to_dict()
+    types = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    assert read(old | {"layer_types": types}) == read(old)
+    with pytest.raises(ValueError, match="layer_types"):
+        read(old | {"layer_types": types[1:] + types[:1]})
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_bge_m3s_heads_stand_beside_other_families_too(checkpoint, tmp_path, family):
+    folder = shutil.copytree(checkpoint(family), tmp_path / "m")
+    for name, width in (("sparse_linear", 1), ("colbert_linear", 32)):
+        torch.save(torch.nn.Linear(32, width).state_dict(), folder / f"{name}.pt")
+    parity = export_model(str(folder), tmp_path / "out", ["fp32"]).manifest.variants["fp32"].parity
+    assert parity.sparse_max_diff < 1e-4
+    assert parity.colbert_cosine_min > 0.99999
+
+
+def test_only_words_are_rounded_to_int8_not_mpnets_biases_nor_positions(checkpoint, tmp_path):
+    folder = checkpoint("mpnet", vocab_size=1200, max_position_embeddings=1100)
+    graph = load_graph(export_model(str(folder), tmp_path / "out", ["int8"]).path / "model.int8.onnx")
+    assert graph.weights["embeddings.word.int8"]().shape == (1200, 32)
+    assert graph.weights["attention_bias"]().dtype == graph.weights["embeddings.position"]().dtype == np.float32
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The graphs that are built: valid, of the operators that are fast, true to transformers, and written in a stream."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from export.families import find_family
-from export.graph import PAGE, Graph, float_value, load_graph
+from export.graph import PAGE, Graph, _initializer, float_value, load_graph
 from export.pipeline import export_model
 from runtime import ArtifactError, Embedder, Reranker
 from runtime.manifest import File, load_manifest
@@ -288,3 +289,11 @@ def test_a_graph_whose_weights_lie_outside_its_folder_is_refused(apart, copied, 
         Embedder(reseal(folder), "fp32")
     assert str(caught.value).startswith(f"{folder / 'model.fp32.onnx'}: ")
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no disk that is always full")
+@pytest.mark.parametrize("dtype", [np.float32, np.int8, np.float16])
+def test_a_full_disk_is_known_as_such_when_a_large_weight_is_written(dtype):
+    with Path("/dev/full").open("wb", 0) as apart, pytest.raises(OSError, match="No space left") as caught:
+        _initializer("w", np.zeros((100, 100), dtype), apart)
+    assert caught.value.errno == errno.ENOSPC

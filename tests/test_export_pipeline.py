@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import make_checkpoint, tiny_bert_config
 
+import export.pipeline
 from export.errors import ExportError, ParityError
 from export.pipeline import TOOLS, export_model
-from export.verify import THRESHOLDS, verification_texts
+from export.source import load_tokenizer, resolve_source
+from export.verify import LONGEST, THRESHOLDS, long_text, verification_texts
 from runtime.manifest import load_manifest
 
 pytestmark = pytest.mark.usefixtures("few_texts")
@@ -61,7 +63,7 @@ def test_each_variant_has_its_parity_above_the_threshold(tiny_artifact):
     assert list(manifest.variants) == ["fp32", "int8"]
     for name, variant in manifest.variants.items():
         assert variant.file == f"model.{name}.onnx"
-        assert variant.parity.texts == len(verification_texts())
+        assert variant.parity.texts == len(verification_texts()) + 1  # and a long one
         assert variant.parity.cosine_mean >= THRESHOLDS[name]["cosine_mean"]
         assert variant.parity.cosine_mean >= variant.parity.cosine_min >= THRESHOLDS[name]["cosine_min"]
         assert variant.parity.cosine_mean <= 1 + 1e-9
@@ -175,8 +177,6 @@ def test_a_variant_below_its_threshold_is_an_error_with_figures_and_cure_and_lea
 
 
 def test_wrong_pooling_is_caught_by_verification(tiny_checkpoint, tmp_path, monkeypatch):
-    import export.pipeline
-
     def mistaken(checkpoint, texts):
         spec = dataclasses.replace(checkpoint.spec, pooling="cls")
         return reference(dataclasses.replace(checkpoint, spec=spec), texts)
@@ -314,13 +314,20 @@ def test_lower_casing_that_the_tokenizer_doesnt_do_is_an_error(tiny_checkpoint, 
             export_model(str(folder), tmp_path / "out", ["fp32"])
 
 
-UNKNOWN = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}
+UNKNOWN = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}
+MODEL = {"auto_map": {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}}
 
 
 @pytest.mark.parametrize(
     ("config", "tokenizer", "said"),
     [
         ({"auto_map": UNKNOWN["auto_map"]}, {"auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}, None),
+        (
+            MODEL,
+            {},
+            r"config.json: its auto_map names code .*evil.Evil.* is never run; .* without the auto_map",
+        ),
+        ({"auto_map": {"AutoModelForMaskedLM": "evil.Evil"}}, {}, None),  # an embedder isn't loaded with it
         (UNKNOWN, {}, "no family builds 'evil' .* custom code"),
         (UNKNOWN, {"tokenizer_class": None}, "custom code"),
         ({}, {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": [None, "evil.Evil"]}}, "custom code"),
@@ -349,3 +356,42 @@ def test_a_checkpoint_without_tokenizer_is_a_clean_error(tiny_checkpoint, copied
     with pytest.raises(ExportError, match="tiny-bert: no fast tokenizer .* add its tokenizer.json"):
         export_model(str(folder), tmp_path / "out", ["fp32"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_saved_by_transformers_5_is_read(tiny_checkpoint, tiny_artifact, copied, tmp_path):
+    settings = copied(tiny_checkpoint) / "tokenizer_config.json"
+    new = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["[MASK]"]}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | new))
+    artifact = export_model(str(settings.parent), tmp_path / "out", ["fp32"])
+    assert (artifact.path / "model.fp32.onnx").read_bytes() == (tiny_artifact / "model.fp32.onnx").read_bytes()
+
+
+def test_a_tokenizer_that_cuts_on_the_left_is_refused(tiny_checkpoint, copied, tmp_path):
+    settings = copied(tiny_checkpoint) / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"truncation_side": "left"}))
+    with pytest.raises(ExportError, match="tiny-bert: its tokenizer cuts texts on the left"):
+        export_model(str(settings.parent), tmp_path / "out", ["fp32"])
+
+
+def test_a_text_past_the_max_length_is_verified_too(tiny_checkpoint, tmp_path, monkeypatch):
+    """Only late positions differ, and only what is cut: no short text would show it."""
+    build = export.pipeline.build_graph
+
+    def spoil(checkpoint, encoder):
+        graph = build(checkpoint, encoder)
+        table = graph.weights["embeddings.position"]().copy()
+        table[-1, 0] += 9
+        graph.weights["embeddings.position"] = lambda: table
+        return graph
+
+    monkeypatch.setattr(export.pipeline, "build_graph", spoil)
+    monkeypatch.setattr(export.pipeline, "verification_texts", lambda: ["a short text", "and another"])
+    with pytest.raises(ParityError, match="fp32: cosine .* on 3 texts"):
+        export_model(str(tiny_checkpoint), tmp_path / "out", ["fp32"])
+
+
+@pytest.mark.parametrize("max_length", [16, 64, 2048, 8192])
+def test_the_long_text_has_about_fifty_tokens_more_than_the_limit(tiny_checkpoint, max_length):
+    tokenizer = load_tokenizer(resolve_source(str(tiny_checkpoint)))
+    tokens = len(tokenizer(long_text(["a b", "中文中文"], max_length, tokenizer))["input_ids"])
+    assert min(max_length, LONGEST) + 40 < tokens <= min(max_length, LONGEST) + 52

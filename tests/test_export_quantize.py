@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.calibrate import Sample, calibration_texts, collect
+from export.calibrate import Kept, Sample, calibration_texts, collect
 from export.encoder import EncoderConfig, build_encoder
 from export.errors import ExportError
 from export.graph import MICROSOFT, Graph, float_value, load_graph
@@ -405,6 +405,21 @@ def test_what_is_collected_are_the_extremes_of_all_tokens_and_a_sample_of_them(e
     assert len(sample.rows) == len(held) < 1024  # so few tokens are all kept
     again = collect(encoder, [value], typed(ids))[value]
     np.testing.assert_array_equal(again.rows, sample.rows)
+
+
+@pytest.mark.parametrize("most", [1, 3, 8, 9])
+def test_of_many_texts_only_the_most_extreme_have_their_extreme_token_kept(monkeypatch, most):
+    monkeypatch.setattr("export.calibrate.EXTREMES", most)
+    peaks, kept = [5, 9, 2, 7, 30, 7, 1, 8], Kept()
+    for number, peak in enumerate(peaks):  # the first token is drawn, of odd texts alone
+        drawn = np.array([True, False][number % 2 == 0 :])
+        rows = np.array([[0.5], [peak]], np.float32)[-len(drawn) :]
+        kept.add(number, np.array([peak], np.float32), rows, drawn)
+    extreme = sorted(peaks, reverse=True)[:most]
+    held = np.concatenate(list(kept.rows.values()))[:, 0].tolist()
+    assert sorted(held, reverse=True) == [*extreme, 0.5, 0.5, 0.5, 0.5]
+    assert kept.absmax.tolist() == [30]
+    assert len(kept.rows) <= most + 4  # nothing is left of other texts
 
 
 def test_calibration_texts_are_the_lines_of_a_file(tmp_path):

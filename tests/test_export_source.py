@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import make_splade
 from hub_server import COMMIT, serve_hub
 
 from export.errors import ExportError
@@ -180,6 +181,14 @@ def test_a_hub_export_writes_its_revision_into_manifest_and_card(hub, start, tmp
     assert (manifest["source"]["id"], manifest["source"]["revision"]) == ("org/tiny", COMMIT)
     assert f"`org/tiny` at `{COMMIT}`" in (tmp_path / "artifacts" / "tiny" / "README.md").read_text()
     assert 'Embedder("artifacts/tiny")' in out
+
+
+def test_how_a_splade_pools_is_downloaded_too(resolve, tiny_checkpoint, copied):
+    folder = make_splade(copied(tiny_checkpoint))
+    (folder / "1_SpladePooling" / "config.json").write_text('{"activation_function": "log1p_relu"}')
+    with serve_hub({"org/splade": folder}) as server:
+        code, _, error = resolve("org/splade", HF_ENDPOINT=server.endpoint)
+    assert (code, "1_SpladePooling/config.json: only max pooling of relu" in error) == (1, True)
 
 
 def test_a_cached_model_needs_no_network(hub, resolve):

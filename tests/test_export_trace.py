@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import make_checkpoint, tiny_bert_config
+from conftest import make_checkpoint, sizes, tiny_bert_config
 
 from export.errors import ExportError
 from export.graph import load_graph
@@ -26,6 +26,19 @@ def tiny_config(name: str):
     assert name == "mpnet"
     sizes = dict(hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=64)
     return transformers.MPNetConfig(vocab_size=1200, max_position_embeddings=66, **sizes)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_linear_whose_input_has_other_rows_than_the_texts_tokens_becomes_int8(tmp_path):
+    """DeBERTa's projects its table of relative positions, whatever the text."""
+    import transformers
+
+    config = transformers.DebertaV2Config(
+        **sizes(max_position_embeddings=64, type_vocab_size=0, position_buckets=16, max_relative_positions=-1),
+        **dict(relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=False, norm_rel_ebd="layer_norm"),
+    )
+    artifact = export_model(str(make_checkpoint(tmp_path / "deberta", config)), tmp_path / "out", ["int8"])
+    assert artifact.manifest.variants["int8"].parity.cosine_mean > 0.99
 
 
 @pytest.fixture(scope="module", params=["distilbert", "mpnet", "relative-bert"])
@@ -57,6 +70,15 @@ def test_its_linears_are_found_with_their_bias_and_all_become_int8(traced):
     int8 = load_graph(traced.path / "model.int8.onnx")
     assert find_linears(int8) == []
     assert sum(node.op_type == "MatMulIntegerToFloat" for node in int8.nodes) == len(linears)
+
+
+def test_a_traced_graph_that_wants_more_than_the_runtime_gives_is_refused(tmp_path):
+    import transformers
+
+    config = transformers.Qwen2Config(**sizes(num_key_value_heads=2, max_position_embeddings=64))
+    checkpoint = make_checkpoint(tmp_path / "qwen", config, pooling="last_token")
+    with pytest.raises(ExportError, match="'qwen2' takes position_ids beside input_ids, .* which the runtime doesn't"):
+        export_model(str(checkpoint), tmp_path / "out", ["fp32"])
 
 
 def test_an_architecture_that_nobody_knows_is_an_error_with_the_cause(tiny_checkpoint, copied, tmp_path):

@@ -30,10 +30,14 @@ class Family:
     """
 
     config: Callable[[Mapping[str, object]], Any]
-    weights: Mapping[str, str]
+    weights: dict[str, str]
     prefix: str
     build: Callable[..., Graph] = build_encoder
     pack: Callable[..., Graph] | None = build_packed
+
+
+M3 = {"head.sparse.{p}": "sparse_linear.{p}", "colbert.{p}": "colbert_linear.{p}"}
+"""BGE-M3's heads, which lie in files of their own beside an encoder of whatever family."""
 
 
 def find_family(model_type: str) -> Family | None:
@@ -52,17 +56,21 @@ def weight_finder(family: Family, weights: Mapping[str, Loader]) -> Weights:
         family: Says what the checkpoint calls it.
         weights: The checkpoint's, by its own names.
     """
+    names = M3 | family.weights
 
     def find(name: str) -> Loader:
         layer = re.match(r"layer\.(\d+)\.", name)
         pattern = re.sub(r"^layer\.\d+\.", "layer.{i}.", name)
         stem, _, part = pattern.rpartition(".")
-        theirs = family.weights.get(pattern) or family.weights[f"{stem}.{{p}}"]
+        theirs = names.get(pattern) or names[f"{stem}.{{p}}"]
         theirs, _, share = theirs.format(i=layer and layer[1], p=part).partition("[")
         for candidate in (theirs, family.prefix + theirs):
             if candidate in weights:
                 return _rows(weights[candidate], share.rstrip("]")) if share else weights[candidate]
-        raise ExportError(f"the checkpoint has no weight {theirs!r}; is it a {family.prefix.rstrip('.')} encoder?")
+        raise ExportError(
+            f"the checkpoint has no weight {theirs!r}, as its model_type in config.json has; save it whole with "
+            "transformers, or mend the model_type"
+        )
 
     return find
 

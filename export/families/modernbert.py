@@ -12,7 +12,8 @@ def config(hf: Mapping[str, Any]) -> PrenormConfig | None:
     """Read ``config.json`` (transformers' ``ModernBertConfig``); scaled rotary positions are left to tracing.
 
     Raises:
-        ValueError: They are scaled as only transformers 5 can, so that tracing would be silently wrong.
+        ValueError: They are scaled, or layers are made local, as only transformers 5 can, so that tracing would be
+            silently wrong.
     """
     activation, head_activation = hf.get("hidden_activation", "gelu"), hf.get("classifier_activation", "gelu")
     pooling = hf.get("classifier_pooling", "cls")
@@ -20,6 +21,10 @@ def config(hf: Mapping[str, Any]) -> PrenormConfig | None:
     if any(kind.get("rope_type", "default") != "default" for kind in rope.values()):
         raise ValueError("rope_parameters scale the rotary positions, which no transformers before 5 understands")
     known = activation in get_args(Activation) and head_activation in get_args(Activation)
+    every = hf.get("global_attn_every_n_layers", 3)
+    types = ["sliding_attention" if i % every else "full_attention" for i in range(hf["num_hidden_layers"])]
+    if hf.get("layer_types", types) != types:
+        raise ValueError(f"layer_types makes other layers local than every {every}th, as transformers before 5 does")
     if hf.get("rope_scaling") or not known or pooling not in ("cls", "mean"):
         return None
     global_theta = rope.get("full_attention", {}).get("rope_theta", hf.get("global_rope_theta", 160_000))
@@ -31,7 +36,7 @@ def config(hf: Mapping[str, Any]) -> PrenormConfig | None:
         intermediate=hf["intermediate_size"],
         vocab=hf["vocab_size"],
         positions=hf["max_position_embeddings"],
-        global_every=hf.get("global_attn_every_n_layers", 3),
+        global_every=every,
         window=hf.get("local_attention", 128),
         global_theta=global_theta,
         local_theta=local_theta or global_theta,

@@ -12,7 +12,9 @@ def config(hf: Mapping[str, Any]) -> EncoderConfig | None:
     """Read ``config.json`` (transformers' ``RobertaConfig``): BERT, but places count from behind the padding id."""
     encoder = bert.config(hf)
     pad = hf.get("pad_token_id", 1)
-    return encoder and dataclasses.replace(encoder, pad=pad, positions=encoder.positions - pad - 1)
+    return encoder and dataclasses.replace(
+        encoder, pad=pad, positions=encoder.positions - pad - 1, mlm_activation="gelu"
+    )
 
 
 WEIGHTS = bert.WEIGHTS | {
@@ -21,8 +23,6 @@ WEIGHTS = bert.WEIGHTS | {
     "mlm.dense.{p}": "lm_head.dense.{p}",
     "mlm.norm.{p}": "lm_head.layer_norm.{p}",
     "mlm.bias": "lm_head.bias",
-    "head.sparse.{p}": "sparse_linear.{p}",  # BGE-M3, in files of their own
-    "colbert.{p}": "colbert_linear.{p}",
 }
 
 FAMILY = Family(config=config, weights=WEIGHTS, prefix="roberta.")
