@@ -20,7 +20,7 @@ from runtime.session import Session, run_session, usable_cpus
 ROWS = 1024
 """About how many tokens are kept of each linear's input, beside the extreme ones."""
 EXTREMES = 1024
-"""Of how many texts, the most extreme ones, the most extreme token is kept too; so memory doesn't grow with the texts."""
+"""Of so many texts, the most extreme ones, the most extreme token is kept too: memory doesn't grow with the texts."""
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Sample:
     absmax: np.ndarray
     """Largest magnitude of each channel over all calibration tokens, float32 ``(channels,)``."""
     rows: np.ndarray
-    """A sample of tokens, float32 ``(rows, channels)``; the most extreme token of each of ``EXTREMES`` texts is in it."""
+    """A sample of tokens, float32 ``(rows, channels)``, with the most extreme token of each of ``EXTREMES`` texts."""
 
 
 @dataclass(slots=True)
@@ -41,7 +41,7 @@ class Kept:
     rows: dict[int, np.ndarray] = field(default_factory=dict)
     """Of each text by its number."""
     extremes: list[tuple[float, int, np.ndarray]] = field(default_factory=list)
-    """A heap: the magnitude of a text's most extreme token, the text's number downwards, which of its rows are drawn."""
+    """A heap: a text's most extreme magnitude, its number downwards, and which of its rows are drawn."""
 
     def add(self, number: int, magnitude: np.ndarray, rows: np.ndarray, drawn: np.ndarray) -> None:
         """Keep of a text the drawn tokens and the most extreme one, until there are too many others more extreme."""
@@ -122,7 +122,7 @@ def _observe(
     text: tuple[Sequence[int], Sequence[int]],
     drawn: np.ndarray,
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of each value on one text, channels' magnitudes, the drawn tokens and the most extreme one, and which are drawn."""
+    """Of each value on one text: channels' magnitudes, the drawn tokens and the most extreme, and which are drawn."""
     ids, types = (np.array([part], np.int64) for part in text)
     try:
         held = run_session(session, values, ids, types)
