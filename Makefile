@@ -4,14 +4,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := artifacts/all-minilm-l6-v2
-# A trained one next to this checkout, else from the hub; without either, the demo shows its first stage alone.
-RERANKER ?= $(firstword $(wildcard ../shared/models/*-reranker) ms-marco-minilm-l6)
+# A name of models.yaml, a hub id or a folder; where it can't be had, the demo shows its first stage alone.
+RERANKER ?= ms-marco-minilm-l6
 
 BENCH := $(BIN)/python -m benchmarks
 BENCH_RERANKER ?= artifacts/bench-reranker
-# Data to measure quality on: that next to this checkout, if it is there, or BEIR=<folder> STS=<folder or CSV>.
-BEIR ?= $(wildcard ../shared/data/cranfield)
-STS ?= $(wildcard ../shared/data/stsb)
+# Data to measure quality on: a folder, and a folder or CSV; without them, speed alone is measured.
+BEIR ?=
+STS ?=
 # Those that need no environment of their own, one of a kind; without --engines, all that are there.
 ENGINES ?= ours,sentence_transformers:fp32,optimum:int8
 DATA := $(if $(BEIR),--beir $(BEIR)) $(if $(STS),--sts $(STS))

@@ -147,14 +147,13 @@ class Retriever:
         """
         stream, names = _stream("texts", texts), None if ids is None else _stream("ids", ids)
         limits = dataclasses.replace(self._embedder._limits, texts=None)  # a stream is bounded by its chunks
-        prompt = self._embedder.manifest.prompts.get("passage", "")
         added = 0
         while chunk := list(islice(stream, CHUNK)):
             named = None if names is None else _names(islice(names, len(chunk)), added)
             if named is not None and len(named) < len(chunk):
                 raise InputError(f"there are {added + len(named)} ids for more texts; pass one for each")
-            checked = check_texts(chunk, added, limits)
-            vectors = self._embedder._embed([prompt + text for text in checked], first=added)
+            checked = self._embedder._prompted("passage", check_texts(chunk, added, limits))
+            vectors = self._embedder._embed(checked, first=added)
             with self._change() as gone:
                 keys = range(self._next, self._next + len(chunk))
                 self._next += len(chunk)  # at once, so that no key is ever used again

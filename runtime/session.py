@@ -243,8 +243,8 @@ def run_feeds(session: Session, outputs: Sequence[str], feeds: Mapping[str, NDAr
 
 def _cause(error: Exception, path: str = "") -> str:
     """An error's first line, without the path of the file that it is about."""
-    lines = str(error).replace(path, "") if path else str(error)
-    return (lines.strip() or type(error).__name__).splitlines()[0][:300]
+    said = str(error).replace(path, "").strip()
+    return (said or type(error).__name__).splitlines()[0][:300]
 
 
 def create_session(path: Path, device: str, threads: int) -> Session:
