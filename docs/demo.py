@@ -22,6 +22,7 @@ reranker = Reranker(sys.argv[2]) if len(sys.argv) > 2 else None
 with tempfile.TemporaryDirectory() as folder:
     retriever = Retriever(folder, embedder, reranker)
     retriever.add(CORPUS)
+    retriever.save()
     stages = [model.manifest.name for model in (embedder, reranker) if model]
     print(f"\n{len(CORPUS)} passages, ranked by {', then '.join(stages)} ({embedder.variant})")
     for query in QUERIES:
