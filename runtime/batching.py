@@ -5,8 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+LEAST = 128
+"""Tokens of a run on one thread below which each takes noticeably more time."""
 
-def plan_batches(lengths: Sequence[int] | NDArray[np.intp], max_tokens: int) -> list[NDArray[np.intp]]:
+
+def plan_batches(
+    lengths: Sequence[int] | NDArray[np.intp], max_tokens: int, threads: int = 1
+) -> list[NDArray[np.intp]]:
     """Group texts into runs of equal length.
 
     Padding costs in full on a CPU and larger batches gain little (``docs/decisions.md``), and without padding or a mask
@@ -15,6 +20,8 @@ def plan_batches(lengths: Sequence[int] | NDArray[np.intp], max_tokens: int) -> 
     Args:
         lengths: Tokens of each text.
         max_tokens: Most tokens in a run; a longer text runs alone.
+        threads: How many take runs side by side. So that they end together, a run has no more than a thread's part of
+            the tokens that are left, or ``LEAST`` (guided self-scheduling, Polychronopoulos and Kuck 1987).
 
     Returns:
         Index arrays that together hold each of ``range(len(lengths))`` once, longest texts first, so that memory peaks
@@ -24,11 +31,17 @@ def plan_batches(lengths: Sequence[int] | NDArray[np.intp], max_tokens: int) -> 
     if array.size == 1:  # the latency of a query
         return [np.zeros(1, np.intp)]
     order = np.argsort(-array, kind="stable")
-    runs = np.split(order, np.flatnonzero(np.diff(array[order])) + 1) if order.size else []
-    batches = []
-    for run in runs:
-        size = max(1, max_tokens // max(1, int(array[run[0]])))
-        batches += [run[start : start + size] for start in range(0, run.size, size)]
+    ends = np.append(np.flatnonzero(np.diff(array[order])) + 1, array.size)  # of the texts of each length
+    batches, start, left = [], 0, int(array.sum())
+    least = min(LEAST, left // threads)
+    for end in ends.tolist():
+        length = max(1, int(array[order[start]])) if end else 1
+        while start < end:
+            tokens = min(max_tokens, max(left // threads, least))
+            stop = min(end, start + max(1, tokens // length))
+            batches.append(order[start:stop])
+            left -= (stop - start) * length
+            start = stop
     return batches
 
 
@@ -54,7 +67,7 @@ def plan_threads(
     array = np.asarray(lengths, dtype=np.intp)
     share = max(max_tokens // threads, max_tokens // 4)
     (long,), (short,) = np.nonzero(array > share), np.nonzero(array <= share)
-    narrow = plan_batches(array[short], min(share, max(1, int(array[short].sum()) // threads)))
+    narrow = plan_batches(array[short], share, threads)
     if len(narrow) < threads:
         return plan_batches(array, max_tokens), []
     return [long[places] for places in plan_batches(array[long], max_tokens)], [short[places] for places in narrow]

@@ -51,6 +51,14 @@ def test_texts_of_one_length_are_cut_up_for_all_threads():
     assert (wide, [len(batch) for batch in narrow]) == ([], [3, 3, 3, 3])
 
 
+def test_runs_shrink_towards_the_end_so_that_threads_end_together():
+    """Of equal runs the last would leave half the threads idle for as long as it takes."""
+    _, narrow = plan_threads([170] * 33, 1024, 2)
+    tokens = [170 * len(batch) for batch in narrow]
+    assert (tokens[:2], tokens[-2:]) == ([510, 510], [170, 170])
+    assert all(run <= max(170, sum(tokens[i:]) // 2) for i, run in enumerate(tokens))
+
+
 def test_one_thread_and_too_few_texts_leave_it_as_it_was():
     for given_lengths, threads in (([30] * 9, 1), ([30, 7], 4), ([], 4), ([5000, 3000], 2)):
         wide, narrow = plan_threads(given_lengths, 2048, threads)
