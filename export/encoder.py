@@ -15,12 +15,15 @@ from export.layers import (
     activate,
     check_shape,
     checked,
+    first_states,
     linear,
     norm,
     parameter,
+    reads_first,
     vocabulary_weights,
 )
-from runtime.manifest import Output
+from runtime.manifest import Output, Pooling
+from runtime.pooling import POOLED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,17 +59,25 @@ class EncoderConfig:
         check_shape(self, token_types=0, relative_buckets=0, **({} if self.pad is None else {"pad": 0}))
 
 
-def build_encoder(config: EncoderConfig, weight: Weights, outputs: Sequence[Output] = ("last_hidden_state",)) -> Graph:
+def build_encoder(
+    config: EncoderConfig,
+    weight: Weights,
+    outputs: Sequence[Output] = ("last_hidden_state",),
+    pooling: Pooling | None = None,
+) -> Graph:
     """The encoder in fp32, from ``input_ids`` int64 (batch, tokens) to each of the outputs.
 
     There is no mask, since the runtime never pads: ONNX Runtime's CPU ``MultiHeadAttention`` takes its flash path only
     without one. Linears are ``Gemm`` over flat tokens, which takes the bias along. ``SkipLayerNormalization`` is
-    avoided, being several times slower on CPU than ``Add`` and ``LayerNormalization``.
+    avoided, being several times slower on CPU than ``Add`` and ``LayerNormalization``. Where nothing but the first
+    states is read, the last layer makes no others.
 
     Args:
         config: The encoder's shape.
         weight: The checkpoint's, by our names.
         outputs: What the graph gives; a reranker's ``logits`` also take ``token_type_ids``, if the model has them.
+        pooling: How it pools. By ``cls`` it gives ``sentence_embedding`` (batch, hidden) for ``last_hidden_state``,
+            unless there are other outputs.
     """
     graph = Graph(inputs=[int_value("input_ids", "batch", "tokens")])
     pairs = "logits" in outputs and config.token_types > 1
@@ -74,8 +85,11 @@ def build_encoder(config: EncoderConfig, weight: Weights, outputs: Sequence[Outp
         graph.inputs.append(int_value("token_type_ids", "batch", "tokens"))
     x = _embeddings(graph, config, weight, pairs)
     bias = attention_bias(graph, config, weight) if config.relative_buckets else ""
+    first = reads_first(outputs, pooling)
     for i in range(config.layers):
-        x = _layer(graph, config, weight, f"layer.{i}", x, bias)
+        x = _layer(graph, config, weight, f"layer.{i}", x, bias, first=first and i == config.layers - 1)
+    if first:
+        x = graph.add("Reshape", x, graph.weight("texts_shape", np.array([-1, config.hidden], np.int64)), name=POOLED)
     for output in outputs:
         _output(graph, config, weight, output, x)
     return graph
@@ -143,11 +157,18 @@ def attention_bias(graph: Graph, config: EncoderConfig, weight: Weights) -> str:
     return graph.add("Unsqueeze", biases, graph.weight("front", np.array([0], np.int64)))
 
 
-def _layer(graph: Graph, config: EncoderConfig, weight: Weights, layer: str, x: str, bias: str) -> str:
+def _layer(
+    graph: Graph, config: EncoderConfig, weight: Weights, layer: str, x: str, bias: str, *, first: bool = False
+) -> str:
+    """All states from those before; or, from all of those, the first of each text."""
     hidden, wide = config.hidden, config.intermediate
+    seen, shape = x, "hidden_shape"
+    if first:
+        x, shape = first_states(graph, x), graph.weight("first_shape", np.array([-1, 1, hidden], np.int64))
+        bias = bias and graph.add("Gather", bias, graph.integers([0]), axis=2)
     heads = [
-        graph.add("Reshape", linear(graph, weight, f"{layer}.{part}", x, hidden, hidden), "hidden_shape")
-        for part in ("query", "key", "value")
+        graph.add("Reshape", linear(graph, weight, f"{layer}.{part}", states, hidden, hidden), rows)
+        for part, states, rows in (("query", x, shape), ("key", seen, "hidden_shape"), ("value", seen, "hidden_shape"))
     ]
     inputs = [*heads, "", "", bias] if bias else heads
     attended = graph.add("MultiHeadAttention", *inputs, domain=MICROSOFT, num_heads=config.heads)
@@ -160,21 +181,20 @@ def _layer(graph: Graph, config: EncoderConfig, weight: Weights, layer: str, x: 
 
 
 def _output(graph: Graph, config: EncoderConfig, weight: Weights, output: Output, x: str) -> None:
-    """Emit what makes an output of the flat last hidden states ``x``.
+    """Emit what makes an output of the flat last hidden states ``x``, or of the first ones.
 
     ``token_weights`` and ``token_vectors`` are BGE-M3's (arXiv:2402.03216), ``vocabulary_weights`` SPLADE's
     (arXiv:2109.10086).
     """
     hidden = config.hidden
     match output:
+        case "last_hidden_state" if x == POOLED:
+            graph.outputs.append(float_value(POOLED, "batch", hidden))
         case "last_hidden_state":
             graph.add("Reshape", x, "hidden_shape", name=output)
             graph.outputs.append(float_value(output, "batch", "tokens", hidden))
         case "logits":
-            first = graph.add(
-                "Gather", graph.add("Reshape", x, "hidden_shape"), graph.weight("cls", np.array(0)), axis=1
-            )
-            score_head(graph, config, weight, first)
+            score_head(graph, config, weight, x)
         case "token_weights":
             relu = graph.add("Relu", linear(graph, weight, "head.sparse", x, hidden, 1))
             graph.add("Reshape", relu, "shape", name=output)

@@ -1,12 +1,13 @@
 """The parts that the encoders share: checked shapes and weights, linears, norms, activations, and SPLADE's head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
 from export.errors import ExportError
 from export.graph import MICROSOFT, Graph, Loader, float_value
+from runtime.manifest import Output, Pooling
 
 Weights: TypeAlias = Callable[[str], Loader]
 """Gives the loader of a weight by our name (see ``Family``), such as ``layer.0.query.weight``."""
@@ -59,6 +60,17 @@ def norm(graph: Graph, weight: Weights, name: str, x: str, width: int, epsilon: 
         parameter(graph, weight, f"{name}.{part}", width) for part in ("weight", "bias") if part == "weight" or bias
     ]
     return graph.add("LayerNormalization", x, *parts, axis=-1, epsilon=epsilon)
+
+
+def reads_first(outputs: Sequence[Output], pooling: Pooling | None) -> bool:
+    """Whether of the last hidden states only each text's first is read: by a score head, or cls pooling alone."""
+    return tuple(outputs) == ("logits",) or (tuple(outputs) == ("last_hidden_state",) and pooling == "cls")
+
+
+def first_states(graph: Graph, x: str) -> str:
+    """Of flat tokens each text's first, (batch, width)."""
+    first = graph.add("Gather", graph.add("Reshape", x, "hidden_shape"), graph.integers([0]), axis=1)
+    return graph.add("Reshape", first, "flat_shape")
 
 
 def activate(graph: Graph, activation: Activation, x: str) -> str:

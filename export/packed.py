@@ -10,9 +10,9 @@ from onnx import TensorProto, helper
 from export.encoder import EncoderConfig, attention_bias, position_table, score_head
 from export.errors import ExportError
 from export.graph import MICROSOFT, Graph, Loader, float_value, int_value
-from export.layers import Weights, activate, checked, linear, parameter
+from export.layers import Weights, activate, checked, linear, parameter, reads_first
 from runtime.manifest import Output, Pooling
-from runtime.packing import POOLED
+from runtime.pooling import POOLED
 
 HEADS = "head."
 """What the names of weights that stay fp32 begin with: score heads cost nothing and decide everything."""
@@ -52,11 +52,13 @@ def build_packed(config: EncoderConfig, weight: Weights, outputs: Sequence[Outpu
     graph = Graph(inputs=[int_value(name, *shape, kind=TensorProto.INT32) for name, shape in shapes.items()])
     x = _embeddings(graph, config, weight, pairs)
     bias = _bias(graph, config, weight) if config.relative_buckets else ""
-    for i in range(config.layers):
-        x = _layer(graph, config, weight, f"layer.{i}", x, bias)
     starts = graph.add("Slice", "cumulative_lengths", graph.integers([0]), graph.integers([-1]), name="starts")
+    first = reads_first(outputs, pooling)
+    for i in range(config.layers):
+        only = starts if first and i == config.layers - 1 else ""
+        x = _layer(graph, config, weight, f"layer.{i}", x, bias, only)
     for output in outputs:
-        _output(graph, config, weight, output, x, starts, pooling)
+        _output(graph, config, weight, output, x, "" if first else starts, pooling)
     used = {value for node in graph.nodes for value in node.input}
     graph.inputs = [entry for entry in graph.inputs if entry.name in used]
     graph.weights = {n: load if n.startswith(HEADS) else _half(n, load) for n, load in graph.weights.items()}
@@ -93,7 +95,8 @@ def _bias(graph: Graph, config: EncoderConfig, weight: Weights) -> str:
     return attention_bias(graph, config, weight)
 
 
-def _layer(graph: Graph, config: EncoderConfig, weight: Weights, layer: str, x: str, bias: str) -> str:
+def _layer(graph: Graph, config: EncoderConfig, weight: Weights, layer: str, x: str, bias: str, only: str) -> str:
+    """All states from those before, or ``only`` some of them, since attention can't leave any out."""
     hidden, wide = config.hidden, config.intermediate
 
     def attention_bias() -> np.ndarray:
@@ -105,6 +108,8 @@ def _layer(graph: Graph, config: EncoderConfig, weight: Weights, layer: str, x: 
     key, value = (linear(graph, weight, f"{layer}.{part}", x, hidden, hidden, bias=False) for part in ("key", "value"))
     inputs = [query, key, value, "", "token_offset", "cumulative_lengths", *([bias] if bias else [])]
     attended = graph.add("PackedMultiHeadAttention", *inputs, domain=MICROSOFT, num_heads=config.heads)
+    if only:
+        attended, x = (graph.add("Gather", states, only) for states in (attended, x))
     attended = linear(graph, weight, f"{layer}.attention", attended, hidden, hidden, bias=False)
     shift = graph.weight(f"{layer}.attention.bias", attention_bias)
     x = _norm(graph, config, weight, f"{layer}.attention_norm", attended, x, shift)
@@ -129,7 +134,10 @@ def _norm(graph: Graph, config: EncoderConfig, weight: Weights, name: str, x: st
 def _output(
     graph: Graph, config: EncoderConfig, weight: Weights, output: Output, x: str, starts: str, pooling: Pooling | None
 ) -> None:
-    """Emit what makes an output of the last hidden states ``x``, (tokens, hidden)."""
+    """Emit what makes an output of the last hidden states ``x``: (tokens, hidden), or (texts, hidden) of first ones.
+
+    Without ``starts``, they are first ones.
+    """
     if output == "token_vectors":
         vectors = linear(graph, weight, "colbert", x, config.hidden, config.hidden)
         graph.add("Cast", vectors, name=output, to=TensorProto.FLOAT)
@@ -140,8 +148,7 @@ def _output(
         graph.add("Reshape", weights, graph.integers([-1]), name=output)
         graph.outputs.append(float_value(output, "tokens"))
     elif output == "logits":
-        first = graph.add("Cast", graph.add("Gather", x, starts), to=TensorProto.FLOAT)
-        score_head(graph, config, weight, first)
+        score_head(graph, config, weight, graph.add("Cast", x, to=TensorProto.FLOAT))
     else:
         graph.add("Cast", _pooled(graph, x, starts, pooling), name=POOLED, to=TensorProto.FLOAT)
         graph.outputs.append(float_value(POOLED, "texts", config.hidden))
@@ -150,7 +157,7 @@ def _output(
 def _pooled(graph: Graph, x: str, starts: str, pooling: Pooling | None) -> str:
     """One state for each text, (texts, hidden)."""
     if pooling == "cls":
-        return graph.add("Gather", x, starts)
+        return graph.add("Gather", x, starts) if starts else x
     ends = graph.add("Slice", "cumulative_lengths", graph.integers([1]), graph.integers([EVERY]))
     if pooling == "last_token":
         one = graph.weight("one", np.array(1, np.int32))

@@ -199,7 +199,7 @@ def build_graph(checkpoint: Checkpoint, encoder: Encoder | None) -> Graph:
     if encoder is None:
         return trace(checkpoint.folder, checkpoint.config.take("model_type", str, ""), outputs)
     family, config = encoder
-    return family.build(config, weight_finder(family, checkpoint.weights()), outputs)
+    return family.build(config, weight_finder(family, checkpoint.weights()), outputs, checkpoint.spec.pooling)
 
 
 def build_fp16(checkpoint: Checkpoint, encoder: Encoder | None) -> tuple[Graph, Packing]:

@@ -100,8 +100,8 @@ def cosines_of(ids: Sequence[Sequence[int]], pooling: Pooling, reference: Sequen
             session = create_session(path, "cpu", usable_cpus())
             for places in plan_batches([len(ids[i]) for i in texts], MAX_TOKENS_PER_RUN):
                 rows = np.array([ids[texts[place]] for place in places], np.int64)
-                (hidden,) = run_session(session, ["last_hidden_state"], rows)
-                found[places] = pool(hidden, pooling)
+                (states,) = run_session(session, [entry.name for entry in graph.outputs], rows)
+                found[places] = states if states.ndim == 2 else pool(states, pooling)
         return cosines(found, expected)
 
     return measure

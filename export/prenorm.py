@@ -8,8 +8,20 @@ import numpy as np
 
 from export.errors import ExportError
 from export.graph import MICROSOFT, Graph, float_value, int_value
-from export.layers import Activation, Weights, activate, check_shape, linear, norm, parameter, vocabulary_weights
-from runtime.manifest import Output
+from export.layers import (
+    Activation,
+    Weights,
+    activate,
+    check_shape,
+    first_states,
+    linear,
+    norm,
+    parameter,
+    reads_first,
+    vocabulary_weights,
+)
+from runtime.manifest import Output, Pooling
+from runtime.pooling import POOLED
 
 BLOCK = 128
 """Local attention takes at least so many tokens at once: fewer keep the CPU less busy, more look at more in vain."""
@@ -56,16 +68,23 @@ class PrenormConfig:
                 raise ValueError(f"rotary positions have the theta {theta!r:.60}, not a positive number")
 
 
-def build_prenorm(config: PrenormConfig, weight: Weights, outputs: Sequence[Output] = ("last_hidden_state",)) -> Graph:
+def build_prenorm(
+    config: PrenormConfig,
+    weight: Weights,
+    outputs: Sequence[Output] = ("last_hidden_state",),
+    pooling: Pooling | None = None,
+) -> Graph:
     """The encoder in fp32, from ``input_ids`` int64 (batch, tokens) to each of the outputs.
 
-    As in ``build_encoder`` there is no mask. Memory grows with the tokens, not with their square: global layers take
-    ``MultiHeadAttention``'s flash path, local ones attend block by block.
+    As in ``build_encoder`` there is no mask, and a last layer of first states where no others are read. Memory grows
+    with the tokens, not with their square: global layers take ``MultiHeadAttention``'s flash path, local ones attend
+    block by block.
 
     Args:
         config: The encoder's shape.
         weight: The checkpoint's, by our names.
         outputs: What the graph gives.
+        pooling: How it pools; by ``cls`` it gives ``sentence_embedding``, as ``build_encoder``.
     """
     graph = Graph(inputs=[int_value("input_ids", "batch", "tokens")])
     graph.weight("flat_shape", np.array([-1, config.hidden], np.int64))
@@ -77,9 +96,12 @@ def build_prenorm(config: PrenormConfig, weight: Weights, outputs: Sequence[Outp
         _windows(graph, config)
     x = graph.add("Gather", parameter(graph, weight, "embeddings.word", config.vocab, config.hidden), "input_ids")
     x = _norm(graph, config, weight, "embeddings.norm", graph.add("Reshape", x, "flat_shape"))
+    first = reads_first(outputs, pooling) and ("logits" not in outputs or config.head_pooling == "cls")
     for i in range(config.layers):
-        x = _layer(graph, config, weight, i, x)
+        x = _layer(graph, config, weight, i, x, first=first and i == config.layers - 1)
     x = _norm(graph, config, weight, "norm", x)
+    if first:
+        x = graph.add("Reshape", x, graph.integers([-1, config.hidden]), name=POOLED)
     for output in outputs:
         _output(graph, config, weight, output, x)
     return graph
@@ -132,24 +154,32 @@ def _windows(graph: Graph, config: PrenormConfig) -> None:
     graph.add("Reshape", rows, graph.integers([-1]), name="unblocked")
 
 
-def _layer(graph: Graph, config: PrenormConfig, weight: Weights, i: int, x: str) -> str:
+def _layer(graph: Graph, config: PrenormConfig, weight: Weights, i: int, x: str, *, first: bool = False) -> str:
+    """All states from those before; or, from all of those, the first of each text."""
     hidden, wide, layer = config.hidden, config.intermediate, f"layer.{i}"
     seen = _norm(graph, config, weight, f"{layer}.attention_norm", x) if i else x
     local = i % config.global_every > 0
     heads = []
     for part, side in (("query", "query"), ("key", "key"), ("value", "key")):
-        head = linear(graph, weight, f"{layer}.{part}", seen, hidden, hidden, bias=config.attention_bias)
-        head = graph.add("Gather", head, f"{side}.rows") if local else graph.add("Reshape", head, "hidden_shape")
-        if part != "value":
+        states, shape, turned = seen, "hidden_shape", part != "value"
+        if first and part == "query" and not local:
+            states, turned = first_states(graph, seen), False  # place 0 turns nothing
+            shape = graph.weight("first_shape", np.array([-1, 1, hidden], np.int64))
+        head = linear(graph, weight, f"{layer}.{part}", states, hidden, hidden, bias=config.attention_bias)
+        head = graph.add("Gather", head, f"{side}.rows") if local else graph.add("Reshape", head, shape)
+        if turned:
             places = ["local.cos", "local.sin"] if local else ["global.cos", "global.sin"]
-            first = f"{side}.places" if local else graph.integers([0])
-            head = graph.add("RotaryEmbedding", head, first, *places, domain=MICROSOFT)
+            start = f"{side}.places" if local else graph.integers([0])
+            head = graph.add("RotaryEmbedding", head, start, *places, domain=MICROSOFT)
         heads.append(head)
     bias = ["", "", "unseen"] if local else []
     attended = graph.add("MultiHeadAttention", *heads, *bias, domain=MICROSOFT, num_heads=config.heads)
     attended = graph.add("Reshape", attended, "flat_shape")
     if local:
         attended = graph.add("Gather", attended, "unblocked")
+    if first:
+        x = first_states(graph, x)
+        attended = first_states(graph, attended) if local else attended
     attended = linear(graph, weight, f"{layer}.attention", attended, hidden, hidden, bias=config.attention_bias)
     x = graph.add("Add", x, attended)
     seen = _norm(graph, config, weight, f"{layer}.norm", x)
@@ -160,17 +190,16 @@ def _layer(graph: Graph, config: PrenormConfig, weight: Weights, i: int, x: str)
 
 
 def _output(graph: Graph, config: PrenormConfig, weight: Weights, output: Output, x: str) -> None:
-    """Emit what makes an output of the flat last hidden states ``x``."""
+    """Emit what makes an output of the flat last hidden states ``x``, or of the first ones."""
     match output:
+        case "last_hidden_state" if x == POOLED:
+            graph.outputs.append(float_value(POOLED, "batch", config.hidden))
         case "last_hidden_state":
             graph.add("Reshape", x, "hidden_shape", name=output)
             graph.outputs.append(float_value(output, "batch", "tokens", config.hidden))
         case "logits":
-            x = graph.add("Reshape", x, "hidden_shape")
             if config.head_pooling == "mean":
-                x = graph.add("ReduceMean", x, axes=[1], keepdims=0)
-            else:
-                x = graph.add("Gather", x, graph.integers(0), axis=1)
+                x = graph.add("ReduceMean", graph.add("Reshape", x, "hidden_shape"), axes=[1], keepdims=0)
             x = _head(graph, config, weight, "head", x)
             linear(graph, weight, "head.out", x, config.hidden, 1, output=output)
             graph.outputs.append(float_value(output, "batch", 1))

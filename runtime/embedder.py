@@ -20,8 +20,7 @@ from runtime.hybrid import (
     vocabulary_lexical_weights,
 )
 from runtime.model import Model, Piece
-from runtime.packing import POOLED
-from runtime.pooling import Floats, normalize, pool
+from runtime.pooling import POOLED, Floats, normalize, pool
 
 if TYPE_CHECKING:
     from runtime.microbatch import MicroBatcher
@@ -329,9 +328,9 @@ class Embedder(Model):
         return vectors
 
     def _pool(self, values: Floats, truncate_dim: int | None = None) -> Floats:
-        """Of hidden states ``(n, tokens, dim)``, or what a packed graph has pooled of them, float32 ``(n, dim)``."""
+        """Of hidden states ``(n, tokens, dim)``, or what a graph has pooled of them, float32 ``(n, dim)``."""
         assert self.manifest.pooling  # an embedder with dense vectors has one
-        pooled = (values if self._packing else pool(values, self.manifest.pooling))[:, :truncate_dim]
+        pooled = (values if self._pools else pool(values, self.manifest.pooling))[:, :truncate_dim]
         return normalize(pooled) if self.manifest.normalize else pooled
 
     def _join(self, vectors: Floats, lengths: list[list[int]]) -> Floats:
@@ -390,6 +389,6 @@ class Embedder(Model):
         """
         for output in self.manifest.outputs:
             if OUTPUTS[output] == way:
-                return POOLED if self._packing and output == "last_hidden_state" else output
+                return POOLED if self._pools and output == "last_hidden_state" else output
         has = ", ".join(OUTPUTS[output] for output in self.manifest.outputs)
         raise InputError(f"{self.manifest.name} has no {way}, only {has}; set the return_… arguments to what it has")

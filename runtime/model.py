@@ -22,7 +22,8 @@ from runtime.checks import NO_LIMITS, Limits, check_count
 from runtime.errors import ArtifactError, InputError, ProviderError, RunError
 from runtime.manifest import TOKENIZER, Kind, Manifest, Packing, check_file, load_manifest
 from runtime.metrics import Hook, ignore
-from runtime.packing import POOLED, Run, by_length, pack, plan_packed
+from runtime.packing import Run, by_length, pack, plan_packed
+from runtime.pooling import POOLED
 from runtime.session import (
     OPENING,
     OutOfMemoryError,
@@ -173,6 +174,7 @@ class Model:
         self.variant = _choose_variant(self._folder, self.manifest, variant, self._devices[0])
         self._tokens = CUDA_TOKENS_PER_RUN if self._on_gpu else MAX_TOKENS_PER_RUN
         self._opened = self._open_all(self._verify)
+        self._pools = any(output.name == POOLED for output in self._opened.sessions[0].get_outputs())
 
     @property
     def max_length(self) -> int:

@@ -11,8 +11,6 @@ Integers = NDArray[np.int32]
 Run = tuple[NDArray[np.intp], NDArray[np.int64], list[Any]]
 """Places of texts among those of a call, their ids, ``(n, tokens)``, and a graph's outputs."""
 
-POOLED = "sentence_embedding"
-"""What a packed graph gives of ``last_hidden_state``: each text's pooled vector, (texts, dim)."""
 EIGHT = 8
 """The longest text counts as a multiple of it: other lengths of an attention bias (MPNet) have no fused kernel."""
 PADDED = 4

@@ -7,6 +7,9 @@ from runtime.manifest import Pooling
 
 Floats = NDArray[np.float32]
 
+POOLED = "sentence_embedding"
+"""What a graph that pools gives instead of ``last_hidden_state``: each text's vector, float32 ``(n, dim)``."""
+
 
 def pool(hidden: Floats, how: Pooling) -> Floats:
     """Pool the token vectors of texts of equal length.
