@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from export.graph import MICROSOFT, Graph
 
-SHORT = 100
+SHORT = 200
 """Tokens up to which ``Attention`` is faster than ``MultiHeadAttention``, whose flash path is made for long texts."""
 OPSET = 23
 """The first with ``Attention``."""

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from runtime.errors import ArtifactError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""From 2 on a graph may give pooled vectors instead of hidden states (``runtime.pooling.POOLED``)."""
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 1_000_000
 """Bytes of a manifest; those of an export have a few thousand."""

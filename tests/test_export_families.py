@@ -12,7 +12,7 @@ import transformers
 from conftest import make_checkpoint, make_splade, sizes, tiny_bert_config, tiny_xlmr_config, train_unigram
 
 from export.families import find_family, weight_finder
-from export.graph import load_graph
+from export.graph import float_value, load_graph
 from export.pipeline import export_model
 from export.source import resolve_source
 from runtime import Embedder, Reranker
@@ -119,6 +119,37 @@ def test_a_splade_has_the_weights_of_transformers(checkpoint, tmp_path, family):
     ]
     assert all(value > 0 for value in weights.values())
     assert all(0 <= int(token) < 1000 for token in weights)
+
+
+def graph_of(folder, pooling=None, **changes):
+    """What is built of a checkpoint with a pooling, and perhaps another configuration."""
+    checkpoint = resolve_source(str(folder))
+    family = find_family(checkpoint.config["model_type"])
+    config = dataclasses.replace(family.config(checkpoint.config), **changes)
+    weight = weight_finder(family, checkpoint.weights())
+    return family.build(config, weight, ("last_hidden_state",), pooling), config
+
+
+@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in CONFIGS), ("modernbert", {"layers": 3})])
+def test_with_cls_pooling_the_last_layer_makes_first_states_alone(checkpoint, tmp_path, family, changes):
+    """Of ModernBERT's third layer too, which is local."""
+    folder = checkpoint(family, spread=0.3)
+    pooled, config = graph_of(folder, "cls", **changes)
+    last = [node.output[0] for node in pooled.nodes if node.op_type == "Gemm"][-1]
+    pooled.outputs.append(float_value(last, None, None))
+    for name, graph in (("pooled", pooled), ("whole", graph_of(folder, **changes)[0])):
+        graph.save(tmp_path / f"{name}.onnx")
+    pooled, whole = (
+        onnxruntime.InferenceSession(tmp_path / f"{name}.onnx", providers=["CPUExecutionProvider"])
+        for name in ("pooled", "whole")
+    )
+    for texts, tokens in ((1, 1), (3, 2), (5, 7), (2, 60)):
+        ids = np.random.default_rng(tokens).integers(5, 900, (texts, tokens))
+        vectors, rows = pooled.run(None, {"input_ids": ids})
+        assert (vectors.shape, rows.shape) == ((texts, config.hidden), (texts, config.hidden))
+        np.testing.assert_allclose(vectors, whole.run(None, {"input_ids": ids})[0][:, 0], atol=2e-5)
+        alone = [pooled.run(None, {"input_ids": ids[i : i + 1]})[0][0] for i in range(texts)]
+        np.testing.assert_array_equal(vectors, alone)
 
 
 def hidden_states(folder, ids, tmp_path, **changes):

@@ -47,7 +47,7 @@ def test_the_manifest_tells_size_and_checksum_of_each_file(tiny_artifact):
 
 def test_the_manifest_describes_the_model_and_its_source(tiny_artifact, tiny_checkpoint):
     manifest = load_manifest(tiny_artifact)
-    assert (manifest.format_version, manifest.name, manifest.kind) == (1, "tiny-bert", "embedder")
+    assert (manifest.format_version, manifest.name, manifest.kind) == (2, "tiny-bert", "embedder")
     assert (manifest.architecture, manifest.dim, manifest.max_length) == ("bert", 32, 64)
     assert (manifest.pooling, manifest.normalize, manifest.prompts) == ("mean", True, {})
     assert (manifest.source.id, manifest.source.origin, manifest.source.revision) == ("tiny-bert", "folder", None)

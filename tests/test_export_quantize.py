@@ -362,6 +362,27 @@ def test_an_activation_that_int8_follows_is_the_cheaper_one(encoder, int8):
     assert [node.op_type for node in partly.nodes if "Gelu" in node.op_type] == ["FastGelu"] * (LAYERS - 1) + ["Gelu"]
 
 
+def test_int8_lays_tokens_in_no_row_and_has_the_bits_that_it_had(encoder, int8, monkeypatch, tmp_path):
+    """Of reshapes there is the one that gives the hidden states, and one in each branch for short texts."""
+    monkeypatch.setattr("export.quantize.unfold_rows", lambda graph: graph)
+    inputs = dict.fromkeys(linear.input for linear in find_linears(encoder))
+    folded = quantize_graph(encoder, quantize_linears(encoder, collect(encoder, list(inputs), typed(texts(0)))))
+    counts = [sum(node.op_type == "Reshape" for node in graph.nodes) for graph in (int8, folded)]
+    assert counts == [1, 2 + 4 * LAYERS]
+    for count, tokens in ((1, 1), (3, 5), (2, 40)):
+        ids = np.random.default_rng(tokens).integers(0, WORDS, (count, tokens))
+        np.testing.assert_array_equal(*(run(graph, tmp_path, input_ids=ids) for graph in (int8, folded)))
+
+
+def test_tokens_stay_in_one_row_where_a_linear_in_fp32_needs_it(encoder, tmp_path):
+    inputs = list(dict.fromkeys(linear.input for linear in find_linears(encoder)))[1:]
+    partly = quantize_graph(encoder, quantize_linears(encoder, collect(encoder, inputs, typed(texts(0)))))
+    assert sum(node.op_type == "Reshape" for node in partly.nodes) == 2 + 4 * LAYERS
+    ids = np.array([texts(1)[0]], np.int64)
+    a, b = (run(graph, tmp_path, input_ids=ids).ravel() for graph in (encoder, partly))
+    assert a @ b / np.linalg.norm(a) / np.linalg.norm(b) > 0.995
+
+
 def test_scales_are_fixed_numbers_not_computed_from_the_input(int8):
     assert not {node.op_type for node in int8.nodes} & {
         "DynamicQuantizeLinear",
