@@ -84,9 +84,17 @@ class Graph:
         """The nodes that read each value."""
         readers: dict[str, list[onnx.NodeProto]] = {}
         for node in self.nodes:
-            for value in node.input:
+            for value in read_by(node):
                 readers.setdefault(value, []).append(node)
         return readers
+
+
+def read_by(node: onnx.NodeProto) -> Iterator[str]:
+    """The values that a node reads, and those that the nodes of its branches read."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from read_by(inner)
 
 
 def _initializer(name: str, array: np.ndarray, apart: BinaryIO | None) -> bytes:

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from export.attention import attend_by_length
 from export.calibrate import Sample
-from export.graph import MICROSOFT, Graph
+from export.graph import MICROSOFT, Graph, read_by
 
 ALPHAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Smoothing strengths tried; 0 is none, and then no ``Mul`` is emitted."""
@@ -196,7 +196,7 @@ def unfold_rows(graph: Graph) -> Graph:
     for node in graph.nodes:
         if node.op_type == "Reshape":
             flat |= {node.output[0]} if node.input[1] == "flat_shape" else set()
-        elif flat.intersection(node.input):
+        elif flat.intersection(read_by(node)):
             if node.op_type not in ROWWISE:
                 return graph
             flat.update(node.output)
@@ -219,7 +219,7 @@ def drop_unused(graph: Graph) -> Graph:
     needed, nodes = {output.name for output in graph.outputs}, []
     for node in reversed(graph.nodes):
         if needed.intersection(node.output):
-            needed.update(node.input)
+            needed.update(read_by(node))
             nodes.append(node)
     weights = {name: load for name, load in graph.weights.items() if name in needed}
     return dataclasses.replace(graph, nodes=nodes[::-1], weights=weights)
