@@ -12,6 +12,7 @@ import pytest
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job; tests interrupt what they start
     signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin at barriers: four times as long on busy cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the hub; those that speak to the local one run subprocesses
 
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
