@@ -190,7 +190,7 @@ def quantize_graph(graph: Graph, quantized: Mapping[str, Quantized]) -> Graph:
 def unfold_rows(graph: Graph) -> Graph:
     """Leave tokens as (batch, tokens, width) where they are laid in one row for ``Gemm``, if none is left that asks it.
 
-    Int8's product takes any shape, and of the nodes that a query goes through, these are a fifth.
+    Int8's product takes any shape, and of the nodes that a query goes through, these are a sixth.
     """
     flat: set[str] = set()
     for node in graph.nodes:
