@@ -10,7 +10,10 @@ from onnx import TensorProto, helper
 from export.graph import MICROSOFT, Graph
 
 SHORT = 200
-"""Tokens up to which ``Attention`` is faster than ``MultiHeadAttention``, whose flash path is made for long texts."""
+"""Tokens up to which ``Attention`` is faster than ``MultiHeadAttention``, whose flash path is made for long texts.
+
+So it is with AVX512. With AVX2 it is up to 100 (``docs/decisions.md``).
+"""
 OPSET = 23
 """The first with ``Attention``."""
 
