@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from export.graph import MICROSOFT, Graph
 
-SHORT = 200
+SHORT = 256
 """Tokens up to which ``Attention`` is faster than ``MultiHeadAttention``, whose flash path is made for long texts.
 
 So it is with AVX512. With AVX2 it is up to 100 (``docs/decisions.md``).

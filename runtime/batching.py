@@ -29,18 +29,18 @@ def plan_batches(
     """
     if len(lengths) == 1:  # the latency of a query
         return [np.zeros(1, np.intp)]
-    array = np.maximum(np.asarray(lengths, dtype=np.intp), 1)
+    array = np.asarray(lengths, dtype=np.intp)
     order = np.argsort(-array, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(array[order])) + 1, array.size)  # of the texts of each length
-    batches, start, left = [], 0, int(array.sum())
+    costs = np.maximum(array[order], 1).tolist()
+    batches, start, left = [], 0, sum(costs)
     least = min(LEAST, left // threads)
     for end in ends.tolist():
         while start < end:
-            length = int(array[order[start]])
             tokens = min(max_tokens, max(left // threads, least))
-            stop = min(end, start + max(1, tokens // length))
+            stop = min(end, start + max(1, tokens // costs[start]))
             batches.append(order[start:stop])
-            left -= (stop - start) * length
+            left -= (stop - start) * costs[start]
             start = stop
     return batches
 

@@ -19,6 +19,7 @@ from export.quantize import find_linears, quantize_graph, quantize_linears
 from export.source import resolve_source
 from export.verify import cosines
 from runtime import Embedder, Reranker
+from runtime.session import create_session
 
 pytestmark = pytest.mark.usefixtures("few_texts")
 
@@ -166,10 +167,7 @@ def test_so_it_does_in_int8_with_the_same_bits_in_any_batch(checkpoint, tmp_path
     monkeypatch.setattr("export.quantize.unfold_rows", lambda graph: graph)
     quantize_graph(fp32, quantized).save(tmp_path / "in-rows.onnx")
     fp32.save(tmp_path / "fp32.onnx")
-    fp32, int8, in_rows = (
-        onnxruntime.InferenceSession(tmp_path / f"{name}.onnx", providers=["CPUExecutionProvider"])
-        for name in ("fp32", "int8", "in-rows")
-    )
+    fp32, int8, in_rows = (create_session(tmp_path / f"{name}.onnx", "cpu", 2) for name in ("fp32", "int8", "in-rows"))
     for count, tokens in ((1, 1), (5, 7), (2, 60)):
         ids = draw.integers(5, 900, (count, tokens))
         (vectors,) = int8.run(None, {"input_ids": ids})
