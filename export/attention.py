@@ -9,8 +9,11 @@ from onnx import TensorProto, helper
 
 from export.graph import MICROSOFT, Graph
 
-SHORT = 200
-"""Tokens up to which ``Attention`` is faster than ``MultiHeadAttention``, whose flash path is made for long texts."""
+SHORT = 256
+"""Tokens up to which ``Attention`` is faster than ``MultiHeadAttention``, whose flash path is made for long texts.
+
+So it is with AVX512. With AVX2 it is up to 100 (``docs/decisions.md``).
+"""
 OPSET = 23
 """The first with ``Attention``."""
 

@@ -18,6 +18,7 @@ from export.layers import (
     first_states,
     linear,
     norm,
+    of_texts,
     parameter,
     reads_first,
     vocabulary_weights,
@@ -88,10 +89,8 @@ def build_encoder(
     first = reads_first(outputs, pooling)
     for i in range(config.layers):
         x = _layer(graph, config, weight, f"layer.{i}", x, bias, first=first and i == config.layers - 1)
-    if first:
-        x = graph.add("Reshape", x, graph.weight("texts_shape", np.array([-1, config.hidden], np.int64)), name=POOLED)
     for output in outputs:
-        _output(graph, config, weight, output, x)
+        _output(graph, config, weight, output, x, first)
     return graph
 
 
@@ -167,8 +166,12 @@ def _layer(
         x, shape = first_states(graph, x), graph.weight("first_shape", np.array([-1, 1, hidden], np.int64))
         bias = bias and graph.add("Gather", bias, graph.integers([0]), axis=2)
     heads = [
-        graph.add("Reshape", linear(graph, weight, f"{layer}.{part}", states, hidden, hidden), rows)
-        for part, states, rows in (("query", x, shape), ("key", seen, "hidden_shape"), ("value", seen, "hidden_shape"))
+        graph.add("Reshape", linear(graph, weight, f"{layer}.{part}", states, hidden, hidden), by_text)
+        for part, states, by_text in (
+            ("query", x, shape),
+            ("key", seen, "hidden_shape"),
+            ("value", seen, "hidden_shape"),
+        )
     ]
     inputs = [*heads, "", "", bias] if bias else heads
     attended = graph.add("MultiHeadAttention", *inputs, domain=MICROSOFT, num_heads=config.heads)
@@ -180,21 +183,22 @@ def _layer(
     return norm(graph, weight, f"{layer}.norm", graph.add("Add", down, x), hidden, config.norm_eps)
 
 
-def _output(graph: Graph, config: EncoderConfig, weight: Weights, output: Output, x: str) -> None:
-    """Emit what makes an output of the flat last hidden states ``x``, or of the first ones.
+def _output(graph: Graph, config: EncoderConfig, weight: Weights, output: Output, x: str, first: bool) -> None:
+    """Emit what makes an output of the flat last hidden states ``x``, or with ``first`` of each text's first.
 
     ``token_weights`` and ``token_vectors`` are BGE-M3's (arXiv:2402.03216), ``vocabulary_weights`` SPLADE's
     (arXiv:2109.10086).
     """
     hidden = config.hidden
     match output:
-        case "last_hidden_state" if x == POOLED:
+        case "last_hidden_state" if first:
+            of_texts(graph, x, hidden, POOLED)
             graph.outputs.append(float_value(POOLED, "batch", hidden))
         case "last_hidden_state":
             graph.add("Reshape", x, "hidden_shape", name=output)
             graph.outputs.append(float_value(output, "batch", "tokens", hidden))
         case "logits":
-            score_head(graph, config, weight, x)
+            score_head(graph, config, weight, of_texts(graph, x if first else first_states(graph, x), hidden))
         case "token_weights":
             relu = graph.add("Relu", linear(graph, weight, "head.sparse", x, hidden, 1))
             graph.add("Reshape", relu, "shape", name=output)

@@ -63,7 +63,7 @@ def norm(graph: Graph, weight: Weights, name: str, x: str, width: int, epsilon: 
 
 
 def reads_first(outputs: Sequence[Output], pooling: Pooling | None) -> bool:
-    """Whether of the last hidden states only each text's first is read: by a score head, or cls pooling alone."""
+    """Whether of the last hidden states only each text's first is read: by a score head of them, or cls pooling."""
     return tuple(outputs) == ("logits",) or (tuple(outputs) == ("last_hidden_state",) and pooling == "cls")
 
 
@@ -71,6 +71,11 @@ def first_states(graph: Graph, x: str) -> str:
     """Of flat tokens each text's first, (batch, width)."""
     first = graph.add("Gather", graph.add("Reshape", x, "hidden_shape"), graph.integers([0]), axis=1)
     return graph.add("Reshape", first, "flat_shape")
+
+
+def of_texts(graph: Graph, first: str, width: int, name: str = "") -> str:
+    """Texts' first states as (batch, width), which they are not where an int8 graph keeps tokens as they come."""
+    return graph.add("Reshape", first, graph.weight("texts_shape", np.array([-1, width], np.int64)), name=name)
 
 
 def activate(graph: Graph, activation: Activation, x: str) -> str:

@@ -96,7 +96,7 @@ def _bias(graph: Graph, config: EncoderConfig, weight: Weights) -> str:
 
 
 def _layer(graph: Graph, config: EncoderConfig, weight: Weights, layer: str, x: str, bias: str, only: str) -> str:
-    """All states from those before, or ``only`` some of them, since attention can't leave any out."""
+    """All states from those before; or, since attention makes all, of what follows it ``only`` some."""
     hidden, wide = config.hidden, config.intermediate
 
     def attention_bias() -> np.ndarray:

@@ -14,7 +14,7 @@ from export.verify import cosines
 from runtime.batching import plan_batches
 from runtime.manifest import Pooling
 from runtime.model import MAX_TOKENS_PER_RUN
-from runtime.pooling import Floats, pool
+from runtime.pooling import POOLED, Floats, pool
 from runtime.session import create_session, run_session, usable_cpus
 
 Cosines = Callable[[Graph, Sequence[int]], np.ndarray]
@@ -98,10 +98,12 @@ def cosines_of(ids: Sequence[Sequence[int]], pooling: Pooling, reference: Sequen
             path = Path(scratch) / "model.onnx"
             graph.save(path)
             session = create_session(path, "cpu", usable_cpus())
+            pools = any(entry.name == POOLED for entry in graph.outputs)
+            dense = POOLED if pools else "last_hidden_state"
             for places in plan_batches([len(ids[i]) for i in texts], MAX_TOKENS_PER_RUN):
                 rows = np.array([ids[texts[place]] for place in places], np.int64)
-                (states,) = run_session(session, [entry.name for entry in graph.outputs], rows)
-                found[places] = states if states.ndim == 2 else pool(states, pooling)
+                (states,) = run_session(session, [dense], rows)
+                found[places] = states if pools else pool(states, pooling)
         return cosines(found, expected)
 
     return measure

@@ -16,6 +16,7 @@ from export.layers import (
     first_states,
     linear,
     norm,
+    of_texts,
     parameter,
     reads_first,
     vocabulary_weights,
@@ -100,10 +101,8 @@ def build_prenorm(
     for i in range(config.layers):
         x = _layer(graph, config, weight, i, x, first=first and i == config.layers - 1)
     x = _norm(graph, config, weight, "norm", x)
-    if first:
-        x = graph.add("Reshape", x, graph.integers([-1, config.hidden]), name=POOLED)
     for output in outputs:
-        _output(graph, config, weight, output, x)
+        _output(graph, config, weight, output, x, first)
     return graph
 
 
@@ -189,10 +188,11 @@ def _layer(graph: Graph, config: PrenormConfig, weight: Weights, i: int, x: str,
     return graph.add("Add", x, linear(graph, weight, f"{layer}.down", gated, wide, hidden, bias=config.mlp_bias))
 
 
-def _output(graph: Graph, config: PrenormConfig, weight: Weights, output: Output, x: str) -> None:
-    """Emit what makes an output of the flat last hidden states ``x``, or of the first ones."""
+def _output(graph: Graph, config: PrenormConfig, weight: Weights, output: Output, x: str, first: bool) -> None:
+    """Emit what makes an output of the flat last hidden states ``x``, or with ``first`` of each text's first."""
     match output:
-        case "last_hidden_state" if x == POOLED:
+        case "last_hidden_state" if first:
+            of_texts(graph, x, config.hidden, POOLED)
             graph.outputs.append(float_value(POOLED, "batch", config.hidden))
         case "last_hidden_state":
             graph.add("Reshape", x, "hidden_shape", name=output)
@@ -200,6 +200,8 @@ def _output(graph: Graph, config: PrenormConfig, weight: Weights, output: Output
         case "logits":
             if config.head_pooling == "mean":
                 x = graph.add("ReduceMean", graph.add("Reshape", x, "hidden_shape"), axes=[1], keepdims=0)
+            else:
+                x = of_texts(graph, x if first else first_states(graph, x), config.hidden)
             x = _head(graph, config, weight, "head", x)
             linear(graph, weight, "head.out", x, config.hidden, 1, output=output)
             graph.outputs.append(float_value(output, "batch", 1))

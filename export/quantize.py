@@ -200,7 +200,8 @@ def unfold_rows(graph: Graph) -> Graph:
             if node.op_type not in ROWWISE:
                 return graph
             flat.update(node.output)
-    nodes, same = [], dict[str, str]()
+    nodes: list[onnx.NodeProto] = []
+    same: dict[str, str] = {}
     given = {output.name for output in graph.outputs}
     for node in graph.nodes:
         inputs = [same.get(value, value) for value in node.input]

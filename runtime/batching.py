@@ -27,20 +27,20 @@ def plan_batches(
         Index arrays that together hold each of ``range(len(lengths))`` once, longest texts first, so that memory peaks
         at the start and the threads end together.
     """
-    array = np.asarray(lengths, dtype=np.intp)
-    if array.size == 1:  # the latency of a query
+    if len(lengths) == 1:  # the latency of a query
         return [np.zeros(1, np.intp)]
+    array = np.asarray(lengths, dtype=np.intp)
     order = np.argsort(-array, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(array[order])) + 1, array.size)  # of the texts of each length
-    batches, start, left = [], 0, int(array.sum())
+    costs = np.maximum(array[order], 1).tolist()
+    batches, start, left = [], 0, sum(costs)
     least = min(LEAST, left // threads)
     for end in ends.tolist():
-        length = max(1, int(array[order[start]])) if end else 1
         while start < end:
             tokens = min(max_tokens, max(left // threads, least))
-            stop = min(end, start + max(1, tokens // length))
+            stop = min(end, start + max(1, tokens // costs[start]))
             batches.append(order[start:stop])
-            left -= (stop - start) * length
+            left -= (stop - start) * costs[start]
             start = stop
     return batches
 

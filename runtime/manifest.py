@@ -12,7 +12,7 @@ from typing import Any, Literal
 from runtime.errors import ArtifactError
 
 FORMAT_VERSION = 2
-"""From 2 on a graph may give pooled vectors instead of hidden states (``runtime.pooling.POOLED``)."""
+"""From 2 on a graph that isn't packed may give pooled vectors instead of hidden states (``runtime.pooling``), too."""
 MANIFEST = "manifest.json"
 MANIFEST_LIMIT = 1_000_000
 """Bytes of a manifest; those of an export have a few thousand."""

@@ -174,6 +174,7 @@ class Model:
         self.variant = _choose_variant(self._folder, self.manifest, variant, self._devices[0])
         self._tokens = CUDA_TOKENS_PER_RUN if self._on_gpu else MAX_TOKENS_PER_RUN
         self._opened = self._open_all(self._verify)
+        # Whether the graph pools itself: by cls, or packed.
         self._pools = any(output.name == POOLED for output in self._opened.sessions[0].get_outputs())
 
     @property

@@ -385,6 +385,22 @@ def test_operations_of_modernbert_count_its_gate_and_its_window(tmp_path):
     assert modern == 4 * 2 * (4 * 16 + 3 * 32) * 10 + 4 * 4 * (2 * 100 + 2 * 40)  # layers 0 and 3 see all
 
 
+def test_what_nobody_reads_of_a_last_layer_counts_for_the_others_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": 4, "num_hidden_layers": 1, "intermediate_size": 8}')
+
+    def left_out(architecture: str, pooling: str | None, *outputs: str) -> float:
+        manifest = SimpleNamespace(architecture=architecture, pooling=pooling, outputs=outputs)
+        return speed._left_out(SimpleNamespace(checkpoint=tmp_path, manifest=manifest), [10, 7])
+
+    whole = speed._operations(SimpleNamespace(checkpoint=tmp_path), [10, 7])
+    keys_and_values, rest, attention = 2 * 2 * 16 * 17, 2 * (2 * 16 + 2 * 32) * 2, 4 * 4 * 17
+    assert whole - left_out("bert", None, "logits") == keys_and_values + rest + attention
+    assert left_out("bert", "cls", "last_hidden_state") == left_out("bert", None, "logits")
+    assert left_out("bert", "mean", "last_hidden_state") == 0
+    assert left_out("bert", "cls", "last_hidden_state", "token_vectors") == 0
+    assert left_out("deberta-v2", None, "logits") == 0  # traced
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_keeps_what_it_measured_and_leaves_no_process(tiny_artifact, tmp_path, stop):
     path = tmp_path / "results.jsonl"

@@ -11,11 +11,15 @@ import torch
 import transformers
 from conftest import make_checkpoint, make_splade, sizes, tiny_bert_config, tiny_xlmr_config, train_unigram
 
+from export.calibrate import collect
 from export.families import find_family, weight_finder
 from export.graph import float_value, load_graph
 from export.pipeline import export_model
+from export.quantize import find_linears, quantize_graph, quantize_linears
 from export.source import resolve_source
+from export.verify import cosines
 from runtime import Embedder, Reranker
+from runtime.session import create_session
 
 pytestmark = pytest.mark.usefixtures("few_texts")
 
@@ -150,6 +154,27 @@ def test_with_cls_pooling_the_last_layer_makes_first_states_alone(checkpoint, tm
         np.testing.assert_allclose(vectors, whole.run(None, {"input_ids": ids})[0][:, 0], atol=2e-5)
         alone = [pooled.run(None, {"input_ids": ids[i : i + 1]})[0][0] for i in range(texts)]
         np.testing.assert_array_equal(vectors, alone)
+
+
+@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in CONFIGS), ("modernbert", {"layers": 3})])
+def test_so_it_does_in_int8_with_the_same_bits_in_any_batch(checkpoint, tmp_path, monkeypatch, family, changes):
+    fp32, _ = graph_of(checkpoint(family, spread=0.3), "cls", **changes)
+    draw = np.random.default_rng(0)
+    texts = [(draw.integers(5, 900, 30).tolist(), [0] * 30) for _ in range(60)]
+    inputs = dict.fromkeys(linear.input for linear in find_linears(fp32))
+    quantized = quantize_linears(fp32, collect(fp32, list(inputs), texts))
+    quantize_graph(fp32, quantized).save(tmp_path / "int8.onnx")
+    monkeypatch.setattr("export.quantize.unfold_rows", lambda graph: graph)
+    quantize_graph(fp32, quantized).save(tmp_path / "in-rows.onnx")
+    fp32.save(tmp_path / "fp32.onnx")
+    fp32, int8, in_rows = (create_session(tmp_path / f"{name}.onnx", "cpu", 2) for name in ("fp32", "int8", "in-rows"))
+    for count, tokens in ((1, 1), (5, 7), (2, 60)):
+        ids = draw.integers(5, 900, (count, tokens))
+        (vectors,) = int8.run(None, {"input_ids": ids})
+        np.testing.assert_array_equal(vectors, in_rows.run(None, {"input_ids": ids})[0])
+        alone = [int8.run(None, {"input_ids": ids[i : i + 1]})[0][0] for i in range(count)]
+        np.testing.assert_array_equal(vectors, alone)
+        assert cosines(vectors, fp32.run(None, {"input_ids": ids})[0]).min() > 0.97
 
 
 def hidden_states(folder, ids, tmp_path, **changes):

@@ -88,6 +88,21 @@ def test_an_export_keeps_to_it_and_says_what_stayed_in_fp32(tiny_checkpoint, tin
     assert f"{len(variant.fp32_linears)} linears in fp32" in (artifact.path / "README.md").read_text()
 
 
+@pytest.mark.usefixtures("few_texts")
+@pytest.mark.parametrize("kind", ["cls", "m3"])
+def test_a_budget_holds_for_dense_vectors_that_the_graph_pools_or_has_beside_others(
+    tiny_checkpoint, tiny_m3, tmp_path, kind
+):
+    source, pooling = (tiny_checkpoint, "cls") if kind == "cls" else (tiny_m3.path.parent / "m3", None)
+    usual = export_model(str(source), tmp_path / "usual", ["int8"], pooling=pooling).manifest.variants["int8"].parity
+    asked = 1 - (1 - usual.cosine_min) / 2
+    variant = export_model(
+        str(source), tmp_path / "out", ["int8"], pooling=pooling, min_cosine=asked
+    ).manifest.variants["int8"]
+    assert variant.parity.cosine_min >= asked
+    assert variant.fp32_linears
+
+
 def test_a_budget_that_is_met_anyway_changes_nothing(tiny_checkpoint, tiny_artifact, tmp_path):
     artifact = export_model(str(tiny_checkpoint), tmp_path / "out", min_cosine=0.5)
     assert (artifact.path / "model.int8.onnx").read_bytes() == (tiny_artifact / "model.int8.onnx").read_bytes()

@@ -32,7 +32,7 @@ def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 def texts(count):
-    return (" ".join(draw.choices(WORDS, k=draw.choice((1, 3, 10, 30, 100, 300)))) for _ in range(count))
+    return (" ".join(draw.choices(WORDS, k=draw.choice((1, 3, 10, 30, 100, 190, 300)))) for _ in range(count))
 
 WORDS, draw = "river stone light apple horse tower green table music bread".split(), random.Random(0)
 embedder = Embedder(sys.argv[1], sys.argv[2], device="cpu", threads=int(sys.argv[3]))

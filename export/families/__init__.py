@@ -25,8 +25,8 @@ class Family:
         weights: Our name of each weight → the checkpoint's, both with ``{i}`` for the layer and ``{p}`` for ``weight``
             or ``bias``. Where one weight holds several of ours, ``[1/3]`` at the end is the second third of its rows.
         prefix: What a checkpoint with a head puts before the encoder's weight names.
-        build: The emitter, from its configuration, the weights and the outputs to the graph.
-        pack: The emitter of fp16 for CUDA, which also takes the pooling, or None where there is none.
+        build: The emitter, from its configuration, the weights, the outputs and the pooling to the graph.
+        pack: The emitter of fp16 for CUDA, from the same, or None where there is none.
     """
 
     config: Callable[[Mapping[str, object]], Any]
