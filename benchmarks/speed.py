@@ -370,8 +370,9 @@ def _operations(subject: Subject, tokens: Sequence[int]) -> float:
 
 def _left_out(subject: Subject, tokens: Sequence[int]) -> float:
     """Those of them that our graph spares in the last layer, where only each text's first state is read."""
-    manifest, (_, hidden, _, inner) = subject.manifest, _shape(subject)
-    if not (find_family(manifest.architecture) and reads_first(manifest.outputs, manifest.pooling)):
+    manifest, (config, hidden, _, inner) = subject.manifest, _shape(subject)
+    head = config.get("classifier_pooling", "cls")
+    if not (find_family(manifest.architecture) and reads_first(manifest.outputs, manifest.pooling, head)):
         return 0
     pairs = sum(count * count - count for count in tokens)
     return float(2 * hidden * (2 * hidden + inner) * (sum(tokens) - len(tokens)) + 4 * hidden * pairs)

@@ -16,6 +16,7 @@ from export.layers import (
     check_shape,
     checked,
     first_states,
+    give_states,
     linear,
     norm,
     of_texts,
@@ -24,7 +25,6 @@ from export.layers import (
     vocabulary_weights,
 )
 from runtime.manifest import Output, Pooling
-from runtime.pooling import POOLED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,12 +191,8 @@ def _output(graph: Graph, config: EncoderConfig, weight: Weights, output: Output
     """
     hidden = config.hidden
     match output:
-        case "last_hidden_state" if first:
-            of_texts(graph, x, hidden, POOLED)
-            graph.outputs.append(float_value(POOLED, "batch", hidden))
         case "last_hidden_state":
-            graph.add("Reshape", x, "hidden_shape", name=output)
-            graph.outputs.append(float_value(output, "batch", "tokens", hidden))
+            give_states(graph, x, hidden, first)
         case "logits":
             score_head(graph, config, weight, of_texts(graph, x if first else first_states(graph, x), hidden))
         case "token_weights":

@@ -8,6 +8,7 @@ import numpy as np
 from export.errors import ExportError
 from export.graph import MICROSOFT, Graph, Loader, float_value
 from runtime.manifest import Output, Pooling
+from runtime.pooling import POOLED
 
 Weights: TypeAlias = Callable[[str], Loader]
 """Gives the loader of a weight by our name (see ``Family``), such as ``layer.0.query.weight``."""
@@ -62,9 +63,10 @@ def norm(graph: Graph, weight: Weights, name: str, x: str, width: int, epsilon: 
     return graph.add("LayerNormalization", x, *parts, axis=-1, epsilon=epsilon)
 
 
-def reads_first(outputs: Sequence[Output], pooling: Pooling | None) -> bool:
-    """Whether of the last hidden states only each text's first is read: by a score head of them, or cls pooling."""
-    return tuple(outputs) == ("logits",) or (tuple(outputs) == ("last_hidden_state",) and pooling == "cls")
+def reads_first(outputs: Sequence[Output], pooling: Pooling | None, head: Pooling = "cls") -> bool:
+    """Whether only each text's first of the last states is read: how vectors are pooled, and how for a score head."""
+    pooled_by: dict[tuple[Output, ...], Pooling | None] = {("last_hidden_state",): pooling, ("logits",): head}
+    return pooled_by.get(tuple(outputs)) == "cls"
 
 
 def first_states(graph: Graph, x: str) -> str:
@@ -76,6 +78,15 @@ def first_states(graph: Graph, x: str) -> str:
 def of_texts(graph: Graph, first: str, width: int, name: str = "") -> str:
     """Texts' first states as (batch, width), which they are not where an int8 graph keeps tokens as they come."""
     return graph.add("Reshape", first, graph.weight("texts_shape", np.array([-1, width], np.int64)), name=name)
+
+
+def give_states(graph: Graph, x: str, width: int, first: bool) -> None:
+    """Emit the flat last states ``x`` as the graph's output; of each text's ``first`` alone, as its vector."""
+    if first:
+        graph.outputs.append(float_value(of_texts(graph, x, width, POOLED), "batch", width))
+    else:
+        states = graph.add("Reshape", x, "hidden_shape", name="last_hidden_state")
+        graph.outputs.append(float_value(states, "batch", "tokens", width))
 
 
 def activate(graph: Graph, activation: Activation, x: str) -> str:

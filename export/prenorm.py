@@ -14,6 +14,7 @@ from export.layers import (
     activate,
     check_shape,
     first_states,
+    give_states,
     linear,
     norm,
     of_texts,
@@ -22,7 +23,6 @@ from export.layers import (
     vocabulary_weights,
 )
 from runtime.manifest import Output, Pooling
-from runtime.pooling import POOLED
 
 BLOCK = 128
 """Local attention takes at least so many tokens at once: fewer keep the CPU less busy, more look at more in vain."""
@@ -97,7 +97,7 @@ def build_prenorm(
         _windows(graph, config)
     x = graph.add("Gather", parameter(graph, weight, "embeddings.word", config.vocab, config.hidden), "input_ids")
     x = _norm(graph, config, weight, "embeddings.norm", graph.add("Reshape", x, "flat_shape"))
-    first = reads_first(outputs, pooling) and ("logits" not in outputs or config.head_pooling == "cls")
+    first = reads_first(outputs, pooling, config.head_pooling)
     for i in range(config.layers):
         x = _layer(graph, config, weight, i, x, first=first and i == config.layers - 1)
     x = _norm(graph, config, weight, "norm", x)
@@ -191,12 +191,8 @@ def _layer(graph: Graph, config: PrenormConfig, weight: Weights, i: int, x: str,
 def _output(graph: Graph, config: PrenormConfig, weight: Weights, output: Output, x: str, first: bool) -> None:
     """Emit what makes an output of the flat last hidden states ``x``, or with ``first`` of each text's first."""
     match output:
-        case "last_hidden_state" if first:
-            of_texts(graph, x, config.hidden, POOLED)
-            graph.outputs.append(float_value(POOLED, "batch", config.hidden))
         case "last_hidden_state":
-            graph.add("Reshape", x, "hidden_shape", name=output)
-            graph.outputs.append(float_value(output, "batch", "tokens", config.hidden))
+            give_states(graph, x, config.hidden, first)
         case "logits":
             if config.head_pooling == "mean":
                 x = graph.add("ReduceMean", graph.add("Reshape", x, "hidden_shape"), axes=[1], keepdims=0)

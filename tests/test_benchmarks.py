@@ -386,7 +386,8 @@ def test_operations_of_modernbert_count_its_gate_and_its_window(tmp_path):
 
 
 def test_what_nobody_reads_of_a_last_layer_counts_for_the_others_alone(tmp_path):
-    (tmp_path / "config.json").write_text('{"hidden_size": 4, "num_hidden_layers": 1, "intermediate_size": 8}')
+    shape = {"hidden_size": 4, "num_hidden_layers": 1, "intermediate_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
 
     def left_out(architecture: str, pooling: str | None, *outputs: str) -> float:
         manifest = SimpleNamespace(architecture=architecture, pooling=pooling, outputs=outputs)
@@ -399,6 +400,8 @@ def test_what_nobody_reads_of_a_last_layer_counts_for_the_others_alone(tmp_path)
     assert left_out("bert", "mean", "last_hidden_state") == 0
     assert left_out("bert", "cls", "last_hidden_state", "token_vectors") == 0
     assert left_out("deberta-v2", None, "logits") == 0  # traced
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"classifier_pooling": "mean"}))
+    assert left_out("modernbert", None, "logits") == 0
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])

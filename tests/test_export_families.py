@@ -39,6 +39,8 @@ CONFIGS = {
     ),
 }
 UNIGRAM = ("xlm-roberta", "camembert")
+LAST_LAYERS = [*((family, {}) for family in CONFIGS), ("modernbert", {"layers": 3})]
+"""Every family's, and ModernBERT's third layer, which is local."""
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +136,8 @@ def graph_of(folder, pooling=None, **changes):
     return family.build(config, weight, ("last_hidden_state",), pooling), config
 
 
-@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in CONFIGS), ("modernbert", {"layers": 3})])
+@pytest.mark.parametrize(("family", "changes"), LAST_LAYERS)
 def test_with_cls_pooling_the_last_layer_makes_first_states_alone(checkpoint, tmp_path, family, changes):
-    """Of ModernBERT's third layer too, which is local."""
     folder = checkpoint(family, spread=0.3)
     pooled, config = graph_of(folder, "cls", **changes)
     last = [node.output[0] for node in pooled.nodes if node.op_type == "Gemm"][-1]
@@ -156,7 +157,7 @@ def test_with_cls_pooling_the_last_layer_makes_first_states_alone(checkpoint, tm
         np.testing.assert_array_equal(vectors, alone)
 
 
-@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in CONFIGS), ("modernbert", {"layers": 3})])
+@pytest.mark.parametrize(("family", "changes"), LAST_LAYERS)
 def test_so_it_does_in_int8_with_the_same_bits_in_any_batch(checkpoint, tmp_path, monkeypatch, family, changes):
     fp32, _ = graph_of(checkpoint(family, spread=0.3), "cls", **changes)
     draw = np.random.default_rng(0)
@@ -179,10 +180,7 @@ def test_so_it_does_in_int8_with_the_same_bits_in_any_batch(checkpoint, tmp_path
 
 def hidden_states(folder, ids, tmp_path, **changes):
     """What our graph and transformers give for token ids, none of them masked; ``changes`` are of our configuration."""
-    checkpoint = resolve_source(str(folder))
-    family = find_family(checkpoint.config["model_type"])
-    config = dataclasses.replace(family.config(checkpoint.config), **changes)
-    family.build(config, weight_finder(family, checkpoint.weights())).save(tmp_path / "m.onnx")
+    graph_of(folder, **changes)[0].save(tmp_path / "m.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.inference_mode():

@@ -201,6 +201,15 @@ def test_rows_keep_the_order_of_the_texts(tiny):
     assert len(np.unique(tiny.encode(texts), axis=0)) == 40
 
 
+def test_an_artifact_of_the_first_format_whose_graph_gives_hidden_states_is_read(tiny_artifact, edited):
+    old = edited(tiny_artifact, lambda data: data.update(format_version=1, pooling="cls", normalize=False))
+    embedder = Embedder(old, "fp32", "cpu")
+    (session,) = embedder._opened.sessions
+    assert [output.name for output in session.get_outputs()] == ["last_hidden_state"]
+    ids = np.array(embedder._tokenizer.encode(["a river"]), np.int64)
+    np.testing.assert_array_equal(embedder.encode(["a river"]), session.run(None, {"input_ids": ids})[0][:, 0])
+
+
 def test_prompts_come_from_the_manifest_and_go_before_each_text(tiny_artifact, edited):
     folder = edited(tiny_artifact, lambda data: data.update(prompts={"query": "find: ", "passage": "text: "}))
     embedder = Embedder(folder, "fp32")
