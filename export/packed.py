@@ -1,6 +1,7 @@
 """The post-norm encoder for CUDA: fp16, the tokens of all texts in one row without padding, pooled on the device."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,10 @@ EVERY = np.iinfo(np.int64).max
 def build_packed(config: EncoderConfig, weight: Weights, outputs: Sequence[Output], pooling: Pooling | None) -> Graph:
     """The encoder in fp16, from the inputs that ``runtime.packing.pack`` makes to each of the outputs in float32.
 
-    ``PackedMultiHeadAttention`` keeps texts apart by ``cumulative_lengths``. The keys' bias shifts all of a query's
-    scores alike, so that the softmax takes no notice: it is left out. The values' passes through the softmax as it is,
-    and goes into the next linear's. What follows a linear takes its bias along, since on CUDA ``Gemm`` takes a pass
-    over the outputs for it.
+    ``PackedMultiHeadAttention`` keeps texts apart by ``cumulative_lengths``. On CUDA ``Gemm`` takes a slow pass over
+    the outputs for a bias, so it gets none: the keys' shifts all of a query's scores alike, so that the softmax takes
+    no notice, and is left out; the values' passes through the softmax as it is, and goes into the next linear's; the
+    queries' is carried by their weights (``Carrier``); the others go to what follows the linear.
 
     Args:
         config: The encoder's shape.
@@ -50,13 +51,15 @@ def build_packed(config: EncoderConfig, weight: Weights, outputs: Sequence[Outpu
         "cumulative_lengths": ("ends",),
     }
     graph = Graph(inputs=[int_value(name, *shape, kind=TensorProto.INT32) for name, shape in shapes.items()])
-    x = _embeddings(graph, config, weight, pairs)
+    norms = ["embeddings.norm", *(f"layer.{i}.norm" for i in range(config.layers - 1))]
+    carriers = [*(find_carrier(config, weight, norm) for norm in norms), None]
+    x = _embeddings(graph, config, weight, pairs, carriers[0])
     bias = _bias(graph, config, weight) if config.relative_buckets else ""
     starts = graph.add("Slice", "cumulative_lengths", graph.integers([0]), graph.integers([-1]), name="starts")
     first = reads_first(outputs, pooling)
     for i in range(config.layers):
         only = starts if first and i == config.layers - 1 else ""
-        x = _layer(graph, config, weight, f"layer.{i}", x, bias, only)
+        x = _layer(graph, config, weight, f"layer.{i}", x, bias, only, *carriers[i : i + 2])
     for output in outputs:
         _output(graph, config, weight, output, x, "" if first else starts, pooling)
     used = {value for node in graph.nodes for value in node.input}
@@ -79,15 +82,51 @@ def _half(name: str, load: Loader) -> Loader:
     return half
 
 
-def _embeddings(graph: Graph, config: EncoderConfig, weight: Weights, pairs: bool) -> str:
-    """Embedded tokens, (tokens, hidden)."""
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """How a linear's weights can carry its bias, behind a layer normalisation.
+
+    Normalised, a token's numbers add up to 0. So behind the scales ``g`` and shifts ``b``, all tokens' ``x / g`` add up
+    to the same: to the sum of ``b / g``. A multiple of ``1 / g``, added to a row of the linear's weights, is therefore
+    a bias. The shifts are raised for that sum to be far from 0; who reads ``x`` takes it into account.
+
+    Attributes:
+        raised: The normalisation's shifts, float32 (hidden,), which fp16 holds exactly.
+        lift: By how much they were raised, float64 (hidden,).
+        ones: What gives 1 when multiplied with any token's ``x`` and added up, float64 (hidden,).
+    """
+
+    raised: np.ndarray
+    lift: np.ndarray
+    ones: np.ndarray
+
+
+LIFT = 0.125
+"""How far the shifts are raised, in scales: the sum is then an eighth of the width, and ``x`` hardly larger."""
+
+
+def find_carrier(config: EncoderConfig, weight: Weights, norm: str) -> Carrier | None:
+    """A layer normalisation's, or None where the bias would be less exact than fp16 rounds: some scale is about 0."""
+    scale, shift = (checked(weight, f"{norm}.{part}", config.hidden)() for part in ("weight", "bias"))
+    with np.errstate(all="ignore"):
+        g, b = scale.astype(np.float16).astype(np.float64), shift.astype(np.float64)
+        away = np.copysign(LIFT, (b / g).mean())
+        raised = (b + away * g).astype(np.float16)
+        ones = 1 / g / (raised / g).sum()
+        rounding = np.spacing(np.hypot(g, raised).astype(np.float16)).astype(np.float64) / 2  # of a token's numbers
+        exact = np.linalg.norm(rounding * ones) < 2**-11 and np.abs(ones).max() < 1
+    return Carrier(raised.astype(np.float32), raised - b, ones) if exact else None
+
+
+def _embeddings(graph: Graph, config: EncoderConfig, weight: Weights, pairs: bool, carrier: Carrier | None) -> str:
+    """Embedded tokens, (tokens, hidden), raised as the carrier says."""
     table, first = position_table(config, weight, pairs), config.pad or 0  # what the padding token has is place 0
     x = graph.add("Gather", parameter(graph, weight, "embeddings.word", config.vocab, config.hidden), "input_ids")
     places = graph.add("Gather", graph.weight("embeddings.position", lambda: table()[first:]), "positions")
     if pairs:
         types = parameter(graph, weight, "embeddings.token_type", config.token_types, config.hidden)
         places = graph.add("Add", places, graph.add("Gather", types, "token_type_ids"))
-    return _norm(graph, config, weight, "embeddings.norm", x, places)
+    return _norm(graph, config, weight, "embeddings.norm", x, places, carrier=carrier)
 
 
 def _bias(graph: Graph, config: EncoderConfig, weight: Weights) -> str:
@@ -95,24 +134,51 @@ def _bias(graph: Graph, config: EncoderConfig, weight: Weights) -> str:
     return attention_bias(graph, config, weight)
 
 
-def _layer(graph: Graph, config: EncoderConfig, weight: Weights, layer: str, x: str, bias: str, only: str) -> str:
-    """All states from those before; or, since attention makes all, of what follows it ``only`` some."""
+def _layer(
+    graph: Graph,
+    config: EncoderConfig,
+    weight: Weights,
+    layer: str,
+    x: str,
+    bias: str,
+    only: str,
+    carrier: Carrier | None,
+    following: Carrier | None,
+) -> str:
+    """All states from those before; or, since attention makes all, of what follows it ``only`` some.
+
+    Both have a carrier each.
+    """
     hidden, wide = config.hidden, config.intermediate
+    lift = carrier.lift if carrier else np.zeros(hidden)
 
-    def attention_bias() -> np.ndarray:
-        matrix = checked(weight, f"{layer}.attention.weight", hidden, hidden)()
-        value = checked(weight, f"{layer}.value.bias", hidden)()
-        return checked(weight, f"{layer}.attention.bias", hidden)() + matrix @ value
+    def of(name: str, *shape: int) -> np.ndarray:
+        return checked(weight, f"{layer}.{name}", *shape)().astype(np.float64)
 
-    query = linear(graph, weight, f"{layer}.query", x, hidden, hidden)
+    def carrying() -> np.ndarray:
+        """The queries' weights, and in them their bias and what undoes the lift."""
+        assert carrier
+        matrix = of("query.weight", hidden, hidden)
+        return (matrix + np.outer(of("query.bias", hidden) - matrix @ lift, carrier.ones)).astype(np.float32)
+
+    def shift() -> np.ndarray:
+        """The bias behind attention, with the values' in it, and what undoes the lift of these and the states."""
+        value = of("value.bias", hidden) - of("value.weight", hidden, hidden) @ lift
+        whole = of("attention.bias", hidden) + of("attention.weight", hidden, hidden) @ value - lift
+        return whole.astype(np.float32)
+
+    if carrier:
+        query = graph.add("Gemm", x, graph.weight(f"{layer}.query.weight", carrying), name=f"{layer}.query", transB=1)
+    else:
+        query = linear(graph, weight, f"{layer}.query", x, hidden, hidden)
     key, value = (linear(graph, weight, f"{layer}.{part}", x, hidden, hidden, bias=False) for part in ("key", "value"))
     inputs = [query, key, value, "", "token_offset", "cumulative_lengths", *([bias] if bias else [])]
     attended = graph.add("PackedMultiHeadAttention", *inputs, domain=MICROSOFT, num_heads=config.heads)
     if only:
         attended, x = (graph.add("Gather", states, only) for states in (attended, x))
     attended = linear(graph, weight, f"{layer}.attention", attended, hidden, hidden, bias=False)
-    shift = graph.weight(f"{layer}.attention.bias", attention_bias)
-    x = _norm(graph, config, weight, f"{layer}.attention_norm", attended, x, shift)
+    shifted = graph.weight(f"{layer}.attention.bias", shift)
+    x = _norm(graph, config, weight, f"{layer}.attention_norm", attended, x, shifted)
     gelu = config.activation == "gelu"
     up = linear(graph, weight, f"{layer}.up", x, hidden, wide, bias=not gelu)
     if gelu:
@@ -120,15 +186,26 @@ def _layer(graph: Graph, config: EncoderConfig, weight: Weights, layer: str, x: 
     else:
         up = activate(graph, config.activation, up)
     down = linear(graph, weight, f"{layer}.down", up, wide, hidden, bias=False)
-    return _norm(
-        graph, config, weight, f"{layer}.norm", down, x, parameter(graph, weight, f"{layer}.down.bias", hidden)
-    )
+    down_bias = parameter(graph, weight, f"{layer}.down.bias", hidden)
+    return _norm(graph, config, weight, f"{layer}.norm", down, x, down_bias, carrier=following)
 
 
-def _norm(graph: Graph, config: EncoderConfig, weight: Weights, name: str, x: str, skip: str, *bias: str) -> str:
+def _norm(
+    graph: Graph,
+    config: EncoderConfig,
+    weight: Weights,
+    name: str,
+    x: str,
+    skip: str,
+    *bias: str,
+    carrier: Carrier | None = None,
+) -> str:
     """The layer normalisation of a sum, in float32 (which the runtime asks older ONNX Runtimes for)."""
-    scale = [parameter(graph, weight, f"{name}.{part}", config.hidden) for part in ("weight", "bias")]
-    return graph.add("SkipLayerNormalization", x, skip, *scale, *bias, domain=MICROSOFT, epsilon=config.norm_eps)
+    scale, shift = (parameter(graph, weight, f"{name}.{part}", config.hidden) for part in ("weight", "bias"))
+    if carrier:
+        graph.weight(shift, carrier.raised)
+    inputs = [x, skip, scale, shift, *bias]
+    return graph.add("SkipLayerNormalization", *inputs, domain=MICROSOFT, epsilon=config.norm_eps)
 
 
 def _output(

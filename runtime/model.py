@@ -26,6 +26,7 @@ from runtime.packing import Run, by_length, pack, plan_packed
 from runtime.pooling import POOLED
 from runtime.session import (
     OPENING,
+    Gate,
     OutOfMemoryError,
     Session,
     choose_devices,
@@ -88,6 +89,7 @@ class _Opened:
         narrow: Gives each run one thread; None until it is needed, and where it can't be had.
         tried: Whether opening ``narrow`` was tried.
         small: The calls of few tokens that are running.
+        gate: What runs go through.
     """
 
     process: int
@@ -95,6 +97,7 @@ class _Opened:
     narrow: Session | None = None
     tried: bool = False
     small: set[object] = field(default_factory=set)
+    gate: Gate = field(default_factory=Gate)
 
 
 class Model:
@@ -272,7 +275,7 @@ class Model:
             outputs of tokens a packed run is yielded whole, and with no ids.
         """
         opened, call = self._opened_here(), object()
-        work = functools.partial(self._run_batch, outputs)
+        work = functools.partial(self._run_batch, outputs, opened.gate)
         plans: Iterable[tuple[Sequence[Session], Iterable[Batch]]]
         if self._on_gpu:
             first = next(self._turns) % len(opened.sessions)  # or all single queries would go to one GPU
@@ -325,8 +328,10 @@ class Model:
             places, lengths = _lengths(piece)
             yield from _batches(piece, places, plan(lengths, min(tokens or self._tokens, self._tokens)))
 
-    def _run_batch(self, outputs: Sequence[str], session: Session, batch: Batch) -> tuple[list[Run], float, int]:
-        """Run a batch; one that is too much at once, in halves.
+    def _run_batch(
+        self, outputs: Sequence[str], gate: Gate, session: Session, batch: Batch
+    ) -> tuple[list[Run], float, int]:
+        """Run a batch; one that is too much at once, in halves, down to a text that has all memory for itself.
 
         Returns:
             What ``_run`` yields of it, the seconds it took, and its tokens.
@@ -336,20 +341,33 @@ class Model:
         runs: list[Run] | None = None
         if len(places) == 1 or total <= self._tokens:  # which may have been halved since this was planned
             try:
-                runs = self._run_whole(outputs, session, batch, total)
-            except (OutOfMemoryError, MemoryError) as error:
-                if len(places) == 1:
-                    raise OutOfMemoryError(str(error) or f"no memory for {total} tokens; free some") from None
-                if total > self._tokens // 2:
+                with gate.beside_others():
+                    runs = self._run_whole(outputs, session, batch, total)
+            except (OutOfMemoryError, MemoryError):
+                if len(places) > 1 and total > self._tokens // 2:
                     self._tokens = max(total // 2, MAX_TOKENS_PER_RUN // 4)
                 say_once(f"{self._folder}: runs are halved, since one lacked memory")
+                if len(places) == 1:
+                    with gate.alone():
+                        runs = self._run_alone(outputs, session, batch, total)
         if runs is None:
             middle = len(places) // 2
             runs = []
             for half in (slice(None, middle), slice(middle, None)):
                 part = places[half], rows[half], None if types is None else types[half]
-                runs += self._run_batch(outputs, session, part)[0]
+                runs += self._run_batch(outputs, gate, session, part)[0]
         return runs, time.perf_counter() - start, total
+
+    def _run_alone(self, outputs: Sequence[str], session: Session, text: Batch, total: int) -> list[Run] | None:
+        """Run a text that lacked memory once more, while nothing else is running.
+
+        Raises:
+            OutOfMemoryError: It lacks memory all the same.
+        """
+        try:
+            return self._run_whole(outputs, session, text, total)
+        except MemoryError as error:
+            raise OutOfMemoryError(str(error) or f"no memory for {total} tokens; free some") from None
 
     def _run_whole(self, outputs: Sequence[str], session: Session, batch: Batch, total: int) -> list[Run] | None:
         """Run a batch at once; None if its texts must run apart.

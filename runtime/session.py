@@ -36,6 +36,8 @@ SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 """All that are open in this process."""
 OPENING = threading.RLock()
 """Held while a session is made, and by a fork: a child would wait for ever for locks that onnxruntime has meanwhile."""
+SAID: dict[str, object] = {}
+"""Warnings that aren't repeated."""
 CGROUP = Path("/proc/self/cgroup")
 CGROUPS = Path("/sys/fs/cgroup")
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -116,10 +118,11 @@ def choose_devices(device: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys("cuda:0" if name == "cuda" else name for name in named))
 
 
-@functools.cache
 def say_once(message: str) -> None:
     """Log a warning, but never again in this process."""
-    logger.warning(message)
+    first = object()
+    if SAID.setdefault(message, first) is first:  # in one step, of which another thread can't come between
+        logger.warning(message)
 
 
 def provider_of(device: str) -> str:
@@ -179,6 +182,42 @@ def _preload_cuda() -> str:
 
 class OutOfMemoryError(RunError):
     """A run that lacked memory: fewer texts at once may succeed."""
+
+
+class Gate:
+    """Lets runs through side by side, or one alone."""
+
+    def __init__(self) -> None:
+        """Nobody is inside."""
+        self._changed, self._inside, self._closed = threading.Condition(), 0, False
+
+    @contextlib.contextmanager
+    def beside_others(self) -> Iterator[None]:
+        """Inside, once nobody is there alone."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._closed)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, once everybody has left; others wait meanwhile."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._closed)
+            self._closed = True
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._inside)
+            yield
+        finally:
+            with self._changed:
+                self._closed = False
+                self._changed.notify_all()
 
 
 def run_session(

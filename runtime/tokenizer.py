@@ -86,11 +86,12 @@ class Tokenizer:
         Raises:
             InputError: A text is too long and ``truncate`` is False, or isn't valid Unicode.
         """
-        encoded, long, special = [], {}, self.max_length - self._room
-        for i, body in enumerate(self._bodies(texts, lambda i: f"text {first + i}"), first):
-            if len(body) > self._room:
-                long[i] = len(body) + special
-            encoded.append(self._single.wrap(body[: self._room]))
+        encoded, long = list(self._ids(texts, lambda i: f"text {first + i}", special=True)), {}
+        before, after = map(len, self._single.special)
+        for i, ids in enumerate(encoded):
+            if len(ids) > self.max_length:
+                long[first + i] = len(ids)
+                encoded[i] = self._single.wrap(ids[before : len(ids) - after][: self._room])
         self._report("text", long, len(texts), truncate)
         return encoded
 
@@ -98,7 +99,7 @@ class Tokenizer:
         """Token ids of each text in pieces of at most ``max_length``, each with the special tokens around it."""
         return [
             [self._single.wrap(body[start : start + self._room]) for start in range(0, max(1, len(body)), self._room)]
-            for body in self._bodies(texts, lambda i: f"text {first + i}")
+            for body in self._ids(texts, lambda i: f"text {first + i}")
         ]
 
     def encode_pairs(
@@ -125,7 +126,7 @@ class Tokenizer:
             return f"pair {next(n for n, pair in enumerate(pairs, first) if texts[i] in pair)}"
 
         bodies, lengths = {}, {}
-        for text, body in zip(texts, self._bodies(texts, first_pair), strict=True):
+        for text, body in zip(texts, self._ids(texts, first_pair), strict=True):
             bodies[text], lengths[text] = body[: self._pair_room], len(body)
         encoded, long, special = [], {}, self.max_length - self._pair_room
         for i, (query, passage) in enumerate(pairs, first):
@@ -139,7 +140,7 @@ class Tokenizer:
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text before any truncation, special tokens included."""
-        return [len(body) + self.max_length - self._room for body in self._bodies(texts)]
+        return [len(body) + self.max_length - self._room for body in self._ids(texts)]
 
     def _report(self, what: str, long: dict[int, int], total: int, truncate: bool) -> None:
         """Warn of what is cut, or refuse it; ``long`` holds the tokens of each text or pair that is too long."""
@@ -154,15 +155,17 @@ class Tokenizer:
             self._hook("truncated", len(long))
             logger.warning("%d of %d %ss had more than %d tokens and were cut", len(long), total, what, self.max_length)
 
-    def _bodies(self, texts: Sequence[str], name: Callable[[int], str] = "text {}".format) -> Iterator[list[int]]:
-        """Token ids of each text without special tokens; ``name`` is what an error calls a text by its place."""
+    def _ids(
+        self, texts: Sequence[str], name: Callable[[int], str] = "text {}".format, *, special: bool = False
+    ) -> Iterator[list[int]]:
+        """Token ids of each text, whole; ``name`` is what an error calls a text by its place."""
         done = 0
         for some in _pieces(texts):
             try:
                 if self._parallel and not _forked:
-                    encodings = self._tokenizer.encode_batch_fast(some, add_special_tokens=False)
+                    encodings = self._tokenizer.encode_batch_fast(some, add_special_tokens=special)
                 else:
-                    encodings = [self._tokenizer.encode(text, add_special_tokens=False) for text in some]
+                    encodings = [self._tokenizer.encode(text, add_special_tokens=special) for text in some]
             except (TypeError, ValueError):
                 for i, text in enumerate(some, done):
                     try:

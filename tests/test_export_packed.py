@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 
 import numpy as np
 import onnxruntime
@@ -29,6 +30,7 @@ from export.source import resolve_source
 from runtime import ArtifactError, Embedder, ProviderError, Reranker, RunError
 from runtime.manifest import Packing
 from runtime.packing import pack
+from runtime.session import OutOfMemoryError
 
 CONFIGS = {
     "bert": tiny_bert_config,
@@ -148,9 +150,33 @@ def test_the_graph_is_packed_fp16_without_needless_biases(bert):
             assert {attribute.name: attribute.i for attribute in node.attribute} == {"num_heads": 4}
     floats = {name: load().dtype for name, load in graph.weights.items() if load().dtype.kind == "f"}
     assert set(floats.values()) == {np.dtype(np.float16)}
-    assert "layer.0.query.bias" in floats
-    assert not {"layer.0.key.bias", "layer.0.value.bias"} & set(floats)
+    assert not {f"layer.{i}.{part}.bias" for i in (0, 1) for part in ("query", "key", "value")} & set(floats)
     assert {entry.type.tensor_type.elem_type for entry in graph.outputs} == {1}  # float32
+
+
+def spoilt(folder, least):
+    """A checkpoint with large biases and shifts, and scales of the norms down to the least."""
+    model = transformers.AutoModel.from_pretrained(folder)
+    draw = torch.Generator().manual_seed(0)
+    for name, held in model.named_parameters():
+        if name.endswith("bias"):
+            held.data = torch.randn(held.shape, generator=draw) * (0.3 if "LayerNorm" in name else 1)
+        elif "LayerNorm" in name:
+            held.data = least + torch.rand(held.shape, generator=draw) * (1 - least)
+            held.data[::2] *= -1
+            held.data[0] = least
+    model.save_pretrained(folder)
+
+
+@pytest.mark.usefixtures("few_texts")
+@pytest.mark.parametrize(("least", "carried"), [(0.3, True), (1e-3, False), (0.0, False)])
+def test_weights_carry_the_queries_bias_where_fp16_allows(least, carried, tmp_path):
+    checkpoint = checkpoint_of(tmp_path, "bert")
+    spoilt(checkpoint, least)
+    artifact, _ = exported(checkpoint, tmp_path)
+    assert artifact.manifest.variants["fp16"].parity.cosine_min > 0.99999
+    weights = load_graph(artifact.path / "model.fp16.onnx").weights
+    assert {f"layer.{i}.query.bias" in weights for i in (0, 1)} == {not carried}
 
 
 @settings(max_examples=30, deadline=None)
@@ -197,13 +223,38 @@ def test_a_text_beyond_fp16_is_an_error_that_names_it_and_no_others_trouble(bert
 
 def test_a_run_planned_before_the_limit_fell_is_split_without_being_tried(stand_in, monkeypatch):
     rows = [[2, 5, 6, 3]] * 10
-    batch = (np.arange(10), rows, None)
-    whole = stand_in._run_batch(["sentence_embedding"], stand_in._opened.sessions[0], batch)[0]
+    batch, gate = (np.arange(10), rows, None), stand_in._opened.gate
+    whole = stand_in._run_batch(["sentence_embedding"], gate, stand_in._opened.sessions[0], batch)[0]
     monkeypatch.setattr(stand_in, "_tokens", 16)
-    parts = stand_in._run_batch(["sentence_embedding"], stand_in._opened.sessions[0], batch)[0]
+    parts = stand_in._run_batch(["sentence_embedding"], gate, stand_in._opened.sessions[0], batch)[0]
     assert len(whole) == 1
     assert [len(run[0]) for run in parts] == [2, 3, 2, 3]
     np.testing.assert_allclose(np.concatenate([run[2][0] for run in parts]), whole[0][2][0], atol=1e-6)
+
+
+def test_a_text_that_lacks_memory_beside_others_gets_all_of_it(on_a_gpu, monkeypatch):
+    """As it does on a GPU whose memory the run at its side has taken (tests/test_gpu.py)."""
+    run, running, most, lacked = on_a_gpu._run_whole, set(), 12, []
+
+    def whole(outputs, session, batch, total):
+        running.add(batch[0][0])
+        try:
+            time.sleep(0.002)  # so that others come
+            if total > most or (len(batch[0]) == 1 and len(running) > 1):
+                lacked.append(len(batch[0]))
+                raise OutOfMemoryError("no memory")
+            return run(outputs, session, batch, total)
+        finally:
+            running.discard(batch[0][0])
+
+    expected = np.array([on_a_gpu.encode(text) for text in TEXTS[:3] * 20])
+    monkeypatch.setattr(on_a_gpu, "_run_whole", whole)
+    monkeypatch.setattr(on_a_gpu, "_tokens", 16)
+    np.testing.assert_allclose(on_a_gpu.encode(TEXTS[:3] * 20), expected, atol=1e-5)
+    assert 1 in lacked
+    most = 2
+    with pytest.raises(OutOfMemoryError, match="no memory"):
+        on_a_gpu.encode(TEXTS)
 
 
 def test_only_want_of_memory_halves_a_run(stand_in, monkeypatch):
