@@ -86,12 +86,13 @@ class Tokenizer:
         Raises:
             InputError: A text is too long and ``truncate`` is False, or isn't valid Unicode.
         """
-        encoded, long = list(self._ids(texts, lambda i: f"text {first + i}", special=True)), {}
+        encoded, long = [], {}
         before, after = map(len, self._single.special)
-        for i, ids in enumerate(encoded):
+        for i, ids in enumerate(self._ids(texts, lambda i: f"text {first + i}", special=True), first):
             if len(ids) > self.max_length:
-                long[first + i] = len(ids)
-                encoded[i] = self._single.wrap(ids[before : len(ids) - after][: self._room])
+                long[i] = len(ids)
+                ids = self._single.wrap(ids[before : len(ids) - after][: self._room])
+            encoded.append(ids)
         self._report("text", long, len(texts), truncate)
         return encoded
 
