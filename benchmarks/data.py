@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.errors import DataError
 from export.calibrate import calibration_texts
 
-LENGTHS = {"short": (6, 14), "medium": (40, 120), "long": (180, 400), "spread": (10, 170)}
+LENGTHS = {"short": (6, 14), "medium": (40, 120), "long": (180, 400), "spread": (8, 130)}
 """Fewest and most words of a text of each kind: a query or title, a paragraph, a page."""
 DOCUMENTS = "documents"
 """Another kind: whole ones of a corpus."""

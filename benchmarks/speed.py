@@ -97,10 +97,10 @@ PROFILES = {
     ),
     "gpu": Profile(
         starts=1,
-        rounds=5,
+        rounds=3,
         bulk=(("spread", 10_000, AS_IT_COMES), ("spread", 10_000, AS_IT_COMES, 256)),
-        callers=(1, 16),
-        queries=200,
+        callers=(1,),
+        queries=100,
         indexed=20_000,
         reranked=25,
     ),

@@ -1,5 +1,6 @@
 """What an embedder and a reranker share: an artifact opened on a device, and the one way to run its graph."""
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -48,14 +49,16 @@ A call with more tokens in all is bulk work."""
 TOKENS_PER_THREAD = 512
 """The most that a run on a CPU has for each of its threads: what more of them hold between two operators leaves the
 core's cache."""
-CUDA_TOKENS_PER_RUN = 16_384
+CUDA_TOKENS_PER_RUN = 32_768
 """What ``MAX_TOKENS_PER_RUN`` is on a GPU, where a run of few tokens takes as long as one of many."""
-IN_FLIGHT = 2
-"""Packed runs that a GPU is given at once, so that it goes on with one while the other's results are fetched."""
+IN_FLIGHT = 3
+"""Packed runs that a GPU is given at once, so that it goes on with one while others' results are fetched."""
 PIECE = 4096
 """Texts that are tokenised at once: their ids take ten times the memory of their vectors."""
-AHEAD = (256, PIECE)
-"""The same for a GPU, the first time and later, while it is busy with those before."""
+AHEAD = 256
+"""The same for a packed graph on a GPU, which is busy with those before meanwhile."""
+TOKENISED = 2
+"""Pieces at once for a GPU: Python's lock is held while ids become its integers, and free while they are found."""
 
 PREFERENCE = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32")}
 """What ``variant="auto"`` takes, first to last. Each has proven its parity at export, fp16 at least in fp32."""
@@ -359,18 +362,22 @@ class Model:
         return runs, time.perf_counter() - start, total
 
     def _run_alone(self, outputs: Sequence[str], session: Session, text: Batch, total: int) -> list[Run] | None:
-        """Run a text that lacked memory once more, while nothing else is running.
+        """Run a text that lacked memory once more, while nothing else is running, and again with what that gave back.
 
         Raises:
             OutOfMemoryError: It lacks memory all the same.
         """
+        with contextlib.suppress(OutOfMemoryError, MemoryError):
+            return self._run_whole(outputs, session, text, total, shrink=True)
         try:
             return self._run_whole(outputs, session, text, total)
         except MemoryError as error:
             raise OutOfMemoryError(str(error) or f"no memory for {total} tokens; free some") from None
 
-    def _run_whole(self, outputs: Sequence[str], session: Session, batch: Batch, total: int) -> list[Run] | None:
-        """Run a batch at once; None if its texts must run apart.
+    def _run_whole(
+        self, outputs: Sequence[str], session: Session, batch: Batch, total: int, *, shrink: bool = False
+    ) -> list[Run] | None:
+        """Run a batch at once, and perhaps ``shrink`` what memory the session holds; None if its texts must run apart.
 
         Raises:
             OutOfMemoryError: It lacks memory.
@@ -381,10 +388,10 @@ class Model:
             held = np.array(rows, np.int64)
             self._check_known(held)
             held_types = None if types is None else np.array(types, np.int64)
-            return [(places, held, run_session(session, outputs, held, held_types))]
+            return [(places, held, run_session(session, outputs, held, held_types, shrink=shrink))]
         feeds = pack(rows, types, self._packing.padding_id)
         self._check_known(feeds["input_ids"])
-        found = run_feeds(session, outputs, feeds, f"{len(rows)} texts of {total} tokens")
+        found = run_feeds(session, outputs, feeds, f"{len(rows)} texts of {total} tokens", shrink=shrink)
         if not all(np.isfinite(values).all() for values in found):  # one text's in mean pooling are every text's
             if len(places) > 1:
                 return None
@@ -404,27 +411,28 @@ class Model:
             )
 
     def _ahead(self, items: Sequence[Given], encode: Callable[[Sequence[Given], int], Piece]) -> Iterable[Piece]:
-        """Tokenise what there is, a lot of it piece by piece; for a GPU, the next while it is busy with the one before.
+        """Tokenise what there is, a lot of it piece by piece; for a GPU, the next ones while it is busy with one.
 
         Args:
             items: Texts or pairs.
             encode: Tokenises some of them, of which the first has this place.
         """
-        first, most = AHEAD if self._on_gpu else (PIECE, PIECE)
-        if len(items) <= first:
+        most = AHEAD if self._on_gpu and self._packing else PIECE
+        if len(items) <= most:
             return [encode(items, 0)]
+        starts = range(0, len(items), most)
         if not self._on_gpu:
-            return (encode(items[start : start + most], start) for start in range(0, len(items), most))
+            return (encode(items[start : start + most], start) for start in starts)
 
         def pieces() -> Iterator[Piece]:
-            starts = [0, *range(first, len(items), most)]
-            with ThreadPoolExecutor(1) as thread:
-                following = thread.submit(encode, items[:first], 0)
-                for end in [*starts[1:], len(items)]:
-                    piece = following.result()
-                    if end < len(items):
-                        following = thread.submit(encode, items[end : end + most], end)
-                    yield piece
+            begun: deque[Future[Piece]] = deque()
+            with ThreadPoolExecutor(TOKENISED) as threads:
+                for start in starts:
+                    begun.append(threads.submit(encode, items[start : start + most], start))
+                    if len(begun) > TOKENISED:
+                        yield begun.popleft().result()
+                while begun:
+                    yield begun.popleft().result()
 
         return pieces()
 

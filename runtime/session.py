@@ -221,7 +221,12 @@ class Gate:
 
 
 def run_session(
-    session: Session, outputs: Sequence[str], ids: NDArray[np.int64], token_types: NDArray[np.int64] | None = None
+    session: Session,
+    outputs: Sequence[str],
+    ids: NDArray[np.int64],
+    token_types: NDArray[np.int64] | None = None,
+    *,
+    shrink: bool = False,
 ) -> list[Any]:
     """Run texts of equal length, which need no padding.
 
@@ -230,6 +235,7 @@ def run_session(
         outputs: Names of its outputs.
         ids: Token ids, int64 ``(n, tokens)``.
         token_types: 0 in a query and 1 in its passage, int64 ``(n, tokens)``; all 0 by default.
+        shrink: As in ``run_feeds``.
 
     Returns:
         Each output, float32 ``(n, …)``.
@@ -243,10 +249,12 @@ def run_session(
         feeds["attention_mask"] = np.ones_like(ids)
     if "token_type_ids" in taken:
         feeds["token_type_ids"] = np.zeros_like(ids) if token_types is None else token_types
-    return run_feeds(session, outputs, feeds, f"{len(ids)} texts of {ids.shape[1]} tokens")
+    return run_feeds(session, outputs, feeds, f"{len(ids)} texts of {ids.shape[1]} tokens", shrink=shrink)
 
 
-def run_feeds(session: Session, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]], what: str) -> list[Any]:
+def run_feeds(
+    session: Session, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]], what: str, *, shrink: bool = False
+) -> list[Any]:
     """Run a graph.
 
     Args:
@@ -254,6 +262,8 @@ def run_feeds(session: Session, outputs: Sequence[str], feeds: Mapping[str, NDAr
         outputs: Names of its outputs.
         feeds: Its inputs, and perhaps others that it hasn't.
         what: Describes them in error messages.
+        shrink: Give memory back afterwards that the session holds in store, whether the run succeeds or fails. On a GPU
+            a run that fails leaves some in store for its own stream alone.
 
     Returns:
         Each output.
@@ -263,8 +273,13 @@ def run_feeds(session: Session, outputs: Sequence[str], feeds: Mapping[str, NDAr
         RunError: ONNX Runtime failed; ``OutOfMemoryError``, for want of memory.
     """
     taken = {entry.name: feeds[entry.name] for entry in session.get_inputs()}
+    options = onnxruntime.RunOptions()
+    if shrink:
+        cuda = session.get_provider_options().get(PROVIDERS["cuda"])
+        arena = f"gpu:{cuda['device_id']}" if cuda else "cpu:0"
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
     try:
-        held: list[Any] = session.run(list(outputs), taken)
+        held: list[Any] = session.run(list(outputs), taken, options)
     except Exception as error:  # onnxruntime's errors share no public base
         cause = _cause(error)
         if "out of data bounds" in cause:

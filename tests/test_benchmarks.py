@@ -281,8 +281,8 @@ def test_a_round_too_short_to_read_the_gpu_costs_no_result(tiny_artifact, tmp_pa
     (bulk,) = (r for r in journal.results if r.benchmark == "bulk")
     assert bulk.figures["gpu busy"] == Figure(0.625, 0.5, 0.75, 2)
     table = full_report(journal.results, [])
-    assert "by nvidia-smi:\n\n|  | 10–170 words, batches of 256 |" in table
-    assert "**Texts (or pairs) a second**:\n\n|  | 10–170 words, batches of 256 |" in table
+    assert "by nvidia-smi:\n\n|  | 8–130 words, batches of 256 |" in table
+    assert "**Texts (or pairs) a second**:\n\n|  | 8–130 words, batches of 256 |" in table
 
 
 def test_updating_a_readme_touches_nothing_but_its_section(tmp_path):

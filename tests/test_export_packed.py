@@ -236,14 +236,14 @@ def test_a_text_that_lacks_memory_beside_others_gets_all_of_it(on_a_gpu, monkeyp
     """As it does on a GPU whose memory the run at its side has taken (tests/test_gpu.py)."""
     run, running, most, lacked = on_a_gpu._run_whole, set(), 12, []
 
-    def whole(outputs, session, batch, total):
+    def whole(outputs, session, batch, total, **options):
         running.add(batch[0][0])
         try:
             time.sleep(0.002)  # so that others come
             if total > most or (len(batch[0]) == 1 and len(running) > 1):
                 lacked.append(len(batch[0]))
                 raise OutOfMemoryError("no memory")
-            return run(outputs, session, batch, total)
+            return run(outputs, session, batch, total, **options)
         finally:
             running.discard(batch[0][0])
 
@@ -278,7 +278,7 @@ def test_auto_runs_a_variant_on_the_cpu_that_no_gpu_runs(tiny_artifact, monkeypa
 
 
 def test_texts_are_tokenised_ahead_and_come_back_in_order(on_a_gpu, monkeypatch):
-    monkeypatch.setattr("runtime.model.AHEAD", (4, 16))
+    monkeypatch.setattr("runtime.model.AHEAD", 4)
     monkeypatch.setattr(on_a_gpu, "_tokens", 64)
     texts = [f"{TEXTS[i % len(TEXTS)]} {i}" for i in range(100)]
     found = on_a_gpu.encode(texts)
@@ -287,7 +287,7 @@ def test_texts_are_tokenised_ahead_and_come_back_in_order(on_a_gpu, monkeypatch)
 
 
 def test_a_text_that_fails_ahead_is_named_by_its_place(on_a_gpu, monkeypatch):
-    monkeypatch.setattr("runtime.model.AHEAD", (4, 16))
+    monkeypatch.setattr("runtime.model.AHEAD", 4)
     with pytest.raises(ValueError, match="text 77 has a lone surrogate"):
         on_a_gpu.encode(["fine"] * 77 + ["\ud800"] + ["fine"] * 20)
 
