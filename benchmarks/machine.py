@@ -57,8 +57,8 @@ def commit(root: Path) -> str:
 def gpu_use(device: str) -> Iterator[list[float]]:
     """A list that afterwards holds the GPU's use meanwhile, in shares of 1 every tenth of a second; empty on a CPU.
 
-    It is nvidia-smi's: the share of time in which a kernel ran. The first and last reading are left out, since they are
-    of what was before and after, too.
+    It is nvidia-smi's: the share of time in which a kernel ran, of up to a second before each reading. What was read in
+    the first second is left out, since it is of what was before, too: of something shorter there is nothing.
     """
     found: list[float] = []
     if device == "cpu" or not shutil.which("nvidia-smi"):
@@ -73,7 +73,7 @@ def gpu_use(device: str) -> Iterator[list[float]]:
         finally:
             watch.terminate()
             watch.wait()
-            lines = Path(file.name).read_text().split()[1:-1]
+            lines = Path(file.name).read_text().split()[10:-1]
             found += [float(line) / 100 for line in lines if line.isdigit()]
 
 

@@ -51,14 +51,12 @@ TOKENS_PER_THREAD = 512
 core's cache."""
 CUDA_TOKENS_PER_RUN = 32_768
 """What ``MAX_TOKENS_PER_RUN`` is on a GPU, where a run of few tokens takes as long as one of many."""
-IN_FLIGHT = 3
+IN_FLIGHT = 4
 """Packed runs that a GPU is given at once, so that it goes on with one while others' results are fetched."""
 PIECE = 4096
 """Texts that are tokenised at once: their ids take ten times the memory of their vectors."""
 AHEAD = 256
 """The same for a packed graph on a GPU, which is busy with those before meanwhile."""
-TOKENISED = 2
-"""Pieces at once for a GPU: Python's lock is held while ids become its integers, and free while they are found."""
 
 PREFERENCE = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32")}
 """What ``variant="auto"`` takes, first to last. Each has proven its parity at export, fp16 at least in fp32."""
@@ -411,7 +409,7 @@ class Model:
             )
 
     def _ahead(self, items: Sequence[Given], encode: Callable[[Sequence[Given], int], Piece]) -> Iterable[Piece]:
-        """Tokenise what there is, a lot of it piece by piece; for a GPU, the next ones while it is busy with one.
+        """Tokenise what there is, a lot of it piece by piece; for a GPU, the next while it is busy with the one before.
 
         Args:
             items: Texts or pairs.
@@ -426,13 +424,12 @@ class Model:
 
         def pieces() -> Iterator[Piece]:
             begun: deque[Future[Piece]] = deque()
-            with ThreadPoolExecutor(TOKENISED) as threads:
+            with ThreadPoolExecutor(1) as thread:
                 for start in starts:
-                    begun.append(threads.submit(encode, items[start : start + most], start))
-                    if len(begun) > TOKENISED:
+                    begun.append(thread.submit(encode, items[start : start + most], start))
+                    if len(begun) > 1:
                         yield begun.popleft().result()
-                while begun:
-                    yield begun.popleft().result()
+                yield begun.popleft().result()
 
         return pieces()
 
