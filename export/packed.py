@@ -24,9 +24,9 @@ def build_packed(config: EncoderConfig, weight: Weights, outputs: Sequence[Outpu
     """The encoder in fp16, from the inputs that ``runtime.packing.pack`` makes to each of the outputs in float32.
 
     ``PackedMultiHeadAttention`` keeps texts apart by ``cumulative_lengths``. On CUDA ``Gemm`` takes a slow pass over
-    the outputs for a bias, so it gets none: the keys' shifts all of a query's scores alike, so that the softmax takes
-    no notice, and is left out; the values' passes through the softmax as it is, and goes into the next linear's; the
-    queries' is carried by their weights (``Carrier``); the others go to what follows the linear.
+    the outputs for a bias, so a layer's get none where that can be: the keys' shifts all of a query's scores alike, so
+    that the softmax takes no notice, and is left out; the values' passes through the softmax as it is, and goes into
+    the next linear's; the queries' is carried by their weights (``Carrier``); the others go to what follows.
 
     Args:
         config: The encoder's shape.
@@ -102,11 +102,13 @@ class Carrier:
 
 
 LIFT = 0.125
-"""How far the shifts are raised, in scales: the sum is then an eighth of the width, and ``x`` hardly larger."""
+"""How far the shifts are raised, in scales: the sum is then an eighth of the width or more, and ``x`` hardly larger."""
+LARGEST = 2**10
+"""What ``ones`` stays below, so that weights that carry a bias are within fp16's range."""
 
 
 def find_carrier(config: EncoderConfig, weight: Weights, norm: str) -> Carrier | None:
-    """A layer normalisation's, or None where the bias would be less exact than fp16 rounds: some scale is about 0."""
+    """A layer normalisation's, or None where some scale is so near 0 that a bias would be less exact than fp16."""
     scale, shift = (checked(weight, f"{norm}.{part}", config.hidden)() for part in ("weight", "bias"))
     with np.errstate(all="ignore"):
         g, b = scale.astype(np.float16).astype(np.float64), shift.astype(np.float64)
@@ -114,7 +116,7 @@ def find_carrier(config: EncoderConfig, weight: Weights, norm: str) -> Carrier |
         raised = (b + away * g).astype(np.float16)
         ones = 1 / g / (raised / g).sum()
         rounding = np.spacing(np.hypot(g, raised).astype(np.float16)).astype(np.float64) / 2  # of a token's numbers
-        exact = np.linalg.norm(rounding * ones) < 2**-11 and np.abs(ones).max() < 1
+        exact = np.linalg.norm(rounding * ones) < 2**-11 and np.abs(ones).max() < LARGEST
     return Carrier(raised.astype(np.float32), raised - b, ones) if exact else None
 
 
@@ -147,7 +149,7 @@ def _layer(
 ) -> str:
     """All states from those before; or, since attention makes all, of what follows it ``only`` some.
 
-    Both have a carrier each.
+    ``carrier`` is that of the norm that made ``x``, ``following`` that of the layer's last.
     """
     hidden, wide = config.hidden, config.intermediate
     lift = carrier.lift if carrier else np.zeros(hidden)
@@ -155,11 +157,10 @@ def _layer(
     def of(name: str, *shape: int) -> np.ndarray:
         return checked(weight, f"{layer}.{name}", *shape)().astype(np.float64)
 
-    def carrying() -> np.ndarray:
+    def carrying(ones: np.ndarray) -> np.ndarray:
         """The queries' weights, and in them their bias and what undoes the lift."""
-        assert carrier
         matrix = of("query.weight", hidden, hidden)
-        return (matrix + np.outer(of("query.bias", hidden) - matrix @ lift, carrier.ones)).astype(np.float32)
+        return (matrix + np.outer(of("query.bias", hidden) - matrix @ lift, ones)).astype(np.float32)
 
     def shift() -> np.ndarray:
         """The bias behind attention, with the values' in it, and what undoes the lift of these and the states."""
@@ -168,7 +169,8 @@ def _layer(
         return whole.astype(np.float32)
 
     if carrier:
-        query = graph.add("Gemm", x, graph.weight(f"{layer}.query.weight", carrying), name=f"{layer}.query", transB=1)
+        weights = graph.weight(f"{layer}.query.weight", lambda: carrying(carrier.ones))
+        query = graph.add("Gemm", x, weights, name=f"{layer}.query", transB=1)
     else:
         query = linear(graph, weight, f"{layer}.query", x, hidden, hidden)
     key, value = (linear(graph, weight, f"{layer}.{part}", x, hidden, hidden, bias=False) for part in ("key", "value"))

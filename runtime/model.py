@@ -49,9 +49,11 @@ A call with more tokens in all is bulk work."""
 TOKENS_PER_THREAD = 512
 """The most that a run on a CPU has for each of its threads: what more of them hold between two operators leaves the
 core's cache."""
-CUDA_TOKENS_PER_RUN = 32_768
+CUDA_TOKENS_PER_RUN = 16_384
 """What ``MAX_TOKENS_PER_RUN`` is on a GPU, where a run of few tokens takes as long as one of many."""
-IN_FLIGHT = 4
+PACKED_TOKENS_PER_RUN = 32_768
+"""The same for a packed graph."""
+IN_FLIGHT = 3
 """Packed runs that a GPU is given at once, so that it goes on with one while others' results are fetched."""
 PIECE = 4096
 """Texts that are tokenised at once: their ids take ten times the memory of their vectors."""
@@ -176,7 +178,8 @@ class Model:
     def _choose(self, variant: str) -> None:
         """Open a variant on the devices."""
         self.variant = _choose_variant(self._folder, self.manifest, variant, self._devices[0])
-        self._tokens = CUDA_TOKENS_PER_RUN if self._on_gpu else MAX_TOKENS_PER_RUN
+        on_gpu = PACKED_TOKENS_PER_RUN if self._packing else CUDA_TOKENS_PER_RUN
+        self._tokens = on_gpu if self._on_gpu else MAX_TOKENS_PER_RUN
         self._opened = self._open_all(self._verify)
         # Whether the graph pools itself: by cls, or packed.
         self._pools = any(output.name == POOLED for output in self._opened.sessions[0].get_outputs())
@@ -302,10 +305,10 @@ class Model:
         self, opened: _Opened, call: object, piece: Piece, tokens: int | None
     ) -> Iterator[tuple[Sequence[Session], list[Batch]]]:
         """Batches, and the sessions that take them, each one at a time but as often as it is named."""
-        places, lengths = _lengths(piece)
-        most = min(tokens or self._tokens, self._tokens)
+        texts = _texts(piece)
+        lengths, most = _lengths(texts), min(tokens or self._tokens, self._tokens)
         if self._packing:
-            yield opened.sessions, _batches(piece, places, plan_packed(lengths, most))
+            yield opened.sessions, _parts(texts, plan_packed(lengths, most))
             return
         total = int(lengths.sum())
         if total > TOKENS_PER_THREAD:
@@ -314,25 +317,36 @@ class Model:
         crowded = call in opened.small and len(opened.small) >= self._threads
         narrow = self._narrow_session(opened, crowded or total > MAX_TOKENS_PER_RUN)
         if narrow and crowded:
-            yield (narrow,), _batches(piece, places, plan_batches(lengths, most))
+            yield (narrow,), _parts(texts, plan_batches(lengths, most))
             return
         most = min(most, TOKENS_PER_THREAD * self._threads)
         on_all, on_one = plan_threads(lengths, most, self._threads if narrow else 1)
-        yield opened.sessions, _batches(piece, places, on_all)
+        yield opened.sessions, _parts(texts, on_all)
         if narrow:
-            yield (narrow,) * self._threads, _batches(piece, places, on_one)
+            yield (narrow,) * self._threads, _parts(texts, on_one)
 
     def _gpu_batches(self, pieces: Iterable[Piece], tokens: int | None) -> Iterator[Batch]:
-        """Batches of a piece after the other, each planned when it is due."""
-        plan = plan_packed if self._packing else plan_batches
+        """Batches of a piece after the other, each planned when it is due.
+
+        What is left of a piece and would fill less than half a packed run goes with the next.
+        """
+        waiting: Batch | None = None
         for piece in pieces:
-            places, lengths = _lengths(piece)
-            yield from _batches(piece, places, plan(lengths, min(tokens or self._tokens, self._tokens)))
+            texts = _texts(piece) if waiting is None else _joined(waiting, _texts(piece))
+            lengths, most = _lengths(texts), min(tokens or self._tokens, self._tokens)
+            if not self._packing:
+                yield from _parts(texts, plan_batches(lengths, most))
+                continue
+            parts = _parts(texts, plan_packed(lengths, most))
+            waiting = parts.pop() if parts and _lengths(parts[-1]).sum() < most // 2 else None
+            yield from parts
+        if waiting is not None:
+            yield waiting
 
     def _run_batch(
         self, outputs: Sequence[str], gate: Gate, session: Session, batch: Batch
     ) -> tuple[list[Run], float, int]:
-        """Run a batch; one that is too much at once, in halves, down to a text that has all memory for itself.
+        """Run a batch; one that is too much at once, in halves, down to a text that has all of the model's memory.
 
         Returns:
             What ``_run`` yields of it, the seconds it took, and its tokens.
@@ -345,12 +359,12 @@ class Model:
                 with gate.beside_others():
                     runs = self._run_whole(outputs, session, batch, total)
             except (OutOfMemoryError, MemoryError):
-                if len(places) > 1 and total > self._tokens // 2:
-                    self._tokens = max(total // 2, MAX_TOKENS_PER_RUN // 4)
-                say_once(f"{self._folder}: runs are halved, since one lacked memory")
                 if len(places) == 1:
                     with gate.alone():
                         runs = self._run_alone(outputs, session, batch, total)
+                else:
+                    self._tokens = min(self._tokens, max(total // 2, MAX_TOKENS_PER_RUN // 4))
+                    say_once(f"{self._folder}: runs are halved, since one lacked memory")
         if runs is None:
             middle = len(places) // 2
             runs = []
@@ -360,7 +374,7 @@ class Model:
         return runs, time.perf_counter() - start, total
 
     def _run_alone(self, outputs: Sequence[str], session: Session, text: Batch, total: int) -> list[Run] | None:
-        """Run a text that lacked memory once more, while nothing else is running, and again with what that gave back.
+        """Run a text that lacked memory once more, while no other of this model is, and again with what that gave back.
 
         Raises:
             OutOfMemoryError: It lacks memory all the same.
@@ -423,31 +437,38 @@ class Model:
             return (encode(items[start : start + most], start) for start in starts)
 
         def pieces() -> Iterator[Piece]:
-            begun: deque[Future[Piece]] = deque()
             with ThreadPoolExecutor(1) as thread:
-                for start in starts:
-                    begun.append(thread.submit(encode, items[start : start + most], start))
-                    if len(begun) > 1:
-                        yield begun.popleft().result()
-                yield begun.popleft().result()
+                following = thread.submit(encode, items[:most], 0)
+                for start in starts[1:]:
+                    piece = following.result()
+                    following = thread.submit(encode, items[start : start + most], start)
+                    yield piece
+                yield following.result()
 
         return pieces()
 
 
-def _lengths(piece: Piece) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """The texts of a piece that have any tokens (only tokenizers without special tokens give none), and how many."""
-    lengths = np.array([len(row) for row in piece.ids], np.intp)
-    (places,) = np.nonzero(lengths)
-    return places, lengths[places]
+def _texts(piece: Piece) -> Batch:
+    """The texts of a piece that have any tokens: only tokenizers without special tokens give none."""
+    chosen = [i for i, ids in enumerate(piece.ids) if ids]
+    types = None if piece.types is None else [piece.types[i] for i in chosen]
+    return np.array(chosen, np.intp) + piece.start, [piece.ids[i] for i in chosen], types
 
 
-def _batches(piece: Piece, places: NDArray[np.intp], plan: Sequence[NDArray[np.intp]]) -> list[Batch]:
-    """A plan of some texts of a piece, with what is run."""
-    batches: list[Batch] = []
-    for chosen in (places[part] for part in plan):
-        types = None if piece.types is None else [piece.types[i] for i in chosen]
-        batches.append((chosen + piece.start, [piece.ids[i] for i in chosen], types))
-    return batches
+def _joined(a: Batch, b: Batch) -> Batch:
+    return np.concatenate([a[0], b[0]]), a[1] + b[1], None if a[2] is None or b[2] is None else a[2] + b[2]
+
+
+def _lengths(batch: Batch) -> NDArray[np.intp]:
+    return np.array([len(ids) for ids in batch[1]], np.intp)
+
+
+def _parts(batch: Batch, plan: Sequence[NDArray[np.intp]]) -> list[Batch]:
+    """A batch as planned."""
+    places, rows, types = batch
+    return [
+        (places[part], [rows[i] for i in part], None if types is None else [types[i] for i in part]) for part in plan
+    ]
 
 
 def _side_by_side(

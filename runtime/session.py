@@ -189,35 +189,41 @@ class Gate:
 
     def __init__(self) -> None:
         """Nobody is inside."""
-        self._changed, self._inside, self._closed = threading.Condition(), 0, False
+        self._changed = threading.Condition()
+        self._inside: set[object] = set()
+        self._alone: object = None
 
     @contextlib.contextmanager
     def beside_others(self) -> Iterator[None]:
         """Inside, once nobody is there alone."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._closed)
-            self._inside += 1
+        me = object()
         try:
+            with self._changed:
+                self._changed.wait_for(lambda: self._alone is None)
+                self._inside.add(me)
             yield
         finally:
-            with self._changed:
-                self._inside -= 1
-                self._changed.notify_all()
+            self._leave(me)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Inside, once everybody has left; others wait meanwhile."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._closed)
-            self._closed = True
+        me = object()
         try:
             with self._changed:
+                self._changed.wait_for(lambda: self._alone is None)
+                self._alone = me
                 self._changed.wait_for(lambda: not self._inside)
             yield
         finally:
-            with self._changed:
-                self._closed = False
-                self._changed.notify_all()
+            self._leave(me)
+
+    def _leave(self, me: object) -> None:
+        """Leave, or wait no longer: an interrupt may come anywhere."""
+        with self._changed:
+            self._inside.discard(me)
+            self._alone = None if self._alone is me else self._alone
+            self._changed.notify_all()
 
 
 def run_session(

@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from benchmarks import client, speed, worker
+from benchmarks import client, machine, speed, worker
 from benchmarks import subject as subject_module
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
@@ -283,6 +283,20 @@ def test_a_round_too_short_to_read_the_gpu_costs_no_result(tiny_artifact, tmp_pa
     table = full_report(journal.results, [])
     assert "by nvidia-smi:\n\n|  | 8–130 words, batches of 256 |" in table
     assert "**Texts (or pairs) a second**:\n\n|  | 8–130 words, batches of 256 |" in table
+
+
+def test_the_gpus_use_is_read_when_a_second_has_passed(tmp_path, monkeypatch):
+    """Before, a reading is of what was before, too; so is the last of what came after."""
+    command = tmp_path / "nvidia-smi"
+    command.write_text('#!/bin/sh\nfor file; do :; done\nseq 1 13 > "$file"\nexec sleep 60\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with machine.gpu_use("cuda") as found:
+        time.sleep(0.5)
+    assert found == [0.11, 0.12]
+    with machine.gpu_use("cpu") as found:
+        pass
+    assert found == []
 
 
 def test_updating_a_readme_touches_nothing_but_its_section(tmp_path):
