@@ -16,7 +16,7 @@ STS ?=
 ENGINES ?= ours,sentence_transformers:fp32,optimum:int8
 DATA := $(if $(BEIR),--beir $(BEIR)) $(if $(STS),--sts $(STS))
 
-.PHONY: install demo bench bench-full test test-long test-gpu lint fix wheel clean
+.PHONY: install demo bench bench-full bench-gpu test test-long test-gpu lint fix wheel clean
 
 install: .venv/installed
 
@@ -45,6 +45,20 @@ bench-full: install
 	$(BENCH) all $(BENCH_RERANKER) --checkpoint $(RERANKER) $(DATA) --starts 1 --results benchmarks/results/full.jsonl; \
 	else $(BENCH) all $(MODEL) $(DATA) --profile full; fi
 	$(BENCH) report --readme README.md
+
+# Models of these shapes with random weights, in an environment of yours with onnxruntime-gpu and torch with CUDA.
+SHAPES ?= base large reranker-large
+# Whose tokenizer they get: a model or a checkpoint's folder.
+TOKENIZER ?= all-minilm-l6-v2
+
+bench-gpu: export PYTHONPATH := .
+bench-gpu:
+	@for model in $(SHAPES:%=artifacts/random-%); do \
+	test -d $$model-checkpoint || \
+	$(PYTHON) docs/random_checkpoint.py $$model-checkpoint --shape $${model#*-} --tokenizer $(TOKENIZER) && \
+	{ test -d $$model || $(PYTHON) -m export --model $$model-checkpoint --variants fp16 --out $$model; } && \
+	$(PYTHON) -m benchmarks speed $$model --checkpoint $$model-checkpoint --device cuda --profile gpu \
+	--engines ours:fp16,sentence_transformers:fp16,compiled || exit 1; done
 
 test: install
 	$(BIN)/python -m pytest -m 'not long and not gpu'
