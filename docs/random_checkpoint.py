@@ -24,14 +24,17 @@ parser.add_argument("--shape", choices=SHAPES, default="base", help="bge-base's,
 parser.add_argument("--tokenizer", default="all-minilm-l6-v2", help="the model whose tokenizer it gets")
 options = parser.parse_args()
 
-options.folder.mkdir(parents=True)
-for file in resolve_source(options.tokenizer).folder.glob("*token*"):
-    shutil.copy(file, options.folder)
+files = resolve_source(options.tokenizer).folder.glob("*token*")
+folder = options.folder.with_name(f".{options.folder.name}.partial")  # what fails leaves no half of one
+shutil.rmtree(folder, ignore_errors=True)
+folder.mkdir(parents=True)
+for file in files:
+    shutil.copy(file, folder)
 torch.manual_seed(0)
 model = SHAPES[options.shape]()
-model.save_pretrained(options.folder)
+model.save_pretrained(folder)
 if options.shape == "reranker-large":  # it has no token types, which a BERT's tokenizer would give
-    path = options.folder / "tokenizer_config.json"
+    path = folder / "tokenizer_config.json"
     taken = {"model_input_names": ["input_ids", "attention_mask"]}
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | taken), "utf-8")
 else:
@@ -41,10 +44,11 @@ else:
         {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}
         for i, kind in enumerate(kinds)
     ]
-    (options.folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling").mkdir()
     for name, content in {
         "1_Pooling/config.json": pooling,
         "modules.json": modules,
         "sentence_bert_config.json": {"max_seq_length": 512, "do_lower_case": False},
     }.items():
-        (options.folder / name).write_text(json.dumps(content), "utf-8")
+        (folder / name).write_text(json.dumps(content), "utf-8")
+folder.rename(options.folder)

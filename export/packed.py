@@ -103,8 +103,8 @@ class Carrier:
 
 LIFT = 0.125
 """How far the shifts are raised, in scales: the sum is then an eighth of the width or more, and ``x`` hardly larger."""
-LARGEST = 2**10
-"""What ``ones`` stays below, so that weights that carry a bias are within fp16's range."""
+LARGEST = 2**6
+"""What ``ones`` stays below, so that weights that carry a bias of a thousand are within fp16's range."""
 
 
 def find_carrier(config: EncoderConfig, weight: Weights, norm: str) -> Carrier | None:

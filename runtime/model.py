@@ -306,11 +306,10 @@ class Model:
     ) -> Iterator[tuple[Sequence[Session], list[Batch]]]:
         """Batches, and the sessions that take them, each one at a time but as often as it is named."""
         texts = _texts(piece)
-        lengths, most = _lengths(texts), min(tokens or self._tokens, self._tokens)
         if self._packing:
-            yield opened.sessions, _parts(texts, plan_packed(lengths, most))
+            yield opened.sessions, self._planned([texts], tokens)
             return
-        total = int(lengths.sum())
+        lengths, total, most = _lengths(texts), _total(texts), min(tokens or self._tokens, self._tokens)
         if total > TOKENS_PER_THREAD:
             opened.small.discard(call)
         # A run on all threads would wait at each operator for those of the other calls.
@@ -330,18 +329,21 @@ class Model:
 
         What is left of a piece and would fill less than half a packed run goes with the next.
         """
-        waiting: Batch | None = None
+        waiting: list[Batch] = []
         for piece in pieces:
-            texts = _texts(piece) if waiting is None else _joined(waiting, _texts(piece))
-            lengths, most = _lengths(texts), min(tokens or self._tokens, self._tokens)
-            if not self._packing:
-                yield from _parts(texts, plan_batches(lengths, most))
-                continue
-            parts = _parts(texts, plan_packed(lengths, most))
-            waiting = parts.pop() if parts and _lengths(parts[-1]).sum() < most // 2 else None
-            yield from parts
-        if waiting is not None:
-            yield waiting
+            waiting.append(_texts(piece))
+            least = min(tokens or self._tokens, self._tokens) // 2 if self._packing else 1
+            if sum(map(_total, waiting)) >= least:
+                batches = self._planned(waiting, tokens)
+                waiting = [batches.pop()] if _total(batches[-1]) < least else []
+                yield from batches
+        if waiting:
+            yield from self._planned(waiting, tokens)
+
+    def _planned(self, waiting: Sequence[Batch], tokens: int | None) -> list[Batch]:
+        """What waits, in batches of no more tokens than a run may have."""
+        texts, plan = _joined(waiting), plan_packed if self._packing else plan_batches
+        return _parts(texts, plan(_lengths(texts), min(tokens or self._tokens, self._tokens)))
 
     def _run_batch(
         self, outputs: Sequence[str], gate: Gate, session: Session, batch: Batch
@@ -352,7 +354,7 @@ class Model:
             What ``_run`` yields of it, the seconds it took, and its tokens.
         """
         places, rows, types = batch
-        total, start = sum(map(len, rows)), time.perf_counter()
+        total, start = _total(batch), time.perf_counter()
         runs: list[Run] | None = None
         if len(places) == 1 or total <= self._tokens:  # which may have been halved since this was planned
             try:
@@ -363,7 +365,8 @@ class Model:
                     with gate.alone():
                         runs = self._run_alone(outputs, session, batch, total)
                 else:
-                    self._tokens = min(self._tokens, max(total // 2, MAX_TOKENS_PER_RUN // 4))
+                    if total > self._tokens // 2:
+                        self._tokens = min(self._tokens, max(total // 2, MAX_TOKENS_PER_RUN // 4))
                     say_once(f"{self._folder}: runs are halved, since one lacked memory")
         if runs is None:
             middle = len(places) // 2
@@ -455,8 +458,15 @@ def _texts(piece: Piece) -> Batch:
     return np.array(chosen, np.intp) + piece.start, [piece.ids[i] for i in chosen], types
 
 
-def _joined(a: Batch, b: Batch) -> Batch:
-    return np.concatenate([a[0], b[0]]), a[1] + b[1], None if a[2] is None or b[2] is None else a[2] + b[2]
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """Batches of one call as one; all have token types or none has."""
+    types = [row for _, _, some in batches for row in some or ()]
+    rows = [row for _, some, _ in batches for row in some]
+    return np.concatenate([places for places, _, _ in batches]), rows, None if batches[0][2] is None else types
+
+
+def _total(batch: Batch) -> int:
+    return sum(map(len, batch[1]))
 
 
 def _lengths(batch: Batch) -> NDArray[np.intp]:

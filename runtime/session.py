@@ -189,7 +189,8 @@ class Gate:
 
     def __init__(self) -> None:
         """Nobody is inside."""
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._inside: set[object] = set()
         self._alone: object = None
 
@@ -198,7 +199,7 @@ class Gate:
         """Inside, once nobody is there alone."""
         me = object()
         try:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: self._alone is None)
                 self._inside.add(me)
             yield
@@ -210,7 +211,7 @@ class Gate:
         """Inside, once everybody has left; others wait meanwhile."""
         me = object()
         try:
-            with self._changed:
+            with self._lock:
                 self._changed.wait_for(lambda: self._alone is None)
                 self._alone = me
                 self._changed.wait_for(lambda: not self._inside)
@@ -219,10 +220,11 @@ class Gate:
             self._leave(me)
 
     def _leave(self, me: object) -> None:
-        """Leave, or wait no longer: an interrupt may come anywhere."""
-        with self._changed:
+        """Leave; or wait no longer, after an interrupt."""
+        with self._lock:
             self._inside.discard(me)
-            self._alone = None if self._alone is me else self._alone
+            if self._alone is me:
+                self._alone = None
             self._changed.notify_all()
 
 

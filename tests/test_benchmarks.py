@@ -288,11 +288,15 @@ def test_a_round_too_short_to_read_the_gpu_costs_no_result(tiny_artifact, tmp_pa
 def test_the_gpus_use_is_read_when_a_second_has_passed(tmp_path, monkeypatch):
     """Before, a reading is of what was before, too; so is the last of what came after."""
     command = tmp_path / "nvidia-smi"
-    command.write_text('#!/bin/sh\nfor file; do :; done\nseq 1 13 > "$file"\nexec sleep 60\n')
+    written = tmp_path / "written"
+    command.write_text(f'#!/bin/sh\nfor file; do :; done\nseq 1 13 > "$file"; touch {written}\nexec sleep 60\n')
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with machine.gpu_use("cuda") as found:
-        time.sleep(0.5)
+        for _ in range(1000):
+            if written.exists():
+                break
+            time.sleep(0.01)
     assert found == [0.11, 0.12]
     with machine.gpu_use("cpu") as found:
         pass

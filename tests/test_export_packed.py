@@ -179,14 +179,13 @@ def query_biases(artifact):
 
 
 @pytest.mark.usefixtures("few_texts")
-@pytest.mark.parametrize(("least", "carried"), [(0.3, True), (1e-3, None), (1e-5, None), (0.0, False)])
+@pytest.mark.parametrize(("least", "carried"), [(0.3, (0, 1)), (1e-3, (1,)), (0.0, ())])
 def test_weights_carry_the_queries_bias_where_fp16_allows(least, carried, tmp_path):
     checkpoint = checkpoint_of(tmp_path, "bert", **WIDE)
     spoilt(checkpoint, least)
     artifact, _ = exported(checkpoint, tmp_path)
     assert artifact.manifest.variants["fp16"].parity.cosine_min > 0.99999
-    if carried is not None:
-        assert query_biases(artifact) == ([] if carried else ["layer.0.query.bias", "layer.1.query.bias"])
+    assert query_biases(artifact) == [f"layer.{i}.query.bias" for i in (0, 1) if i not in carried]
 
 
 def carrier_of(scale, shift):
@@ -218,7 +217,7 @@ def test_lifted_states_change_nothing_whoever_reads_them(family, pooling, tmp_pa
     artifact, _ = exported(checkpoint_of(tmp_path, family, pooling, **head, **WIDE), tmp_path)
     assert query_biases(artifact) == []
     parity = artifact.manifest.variants["fp16"].parity
-    assert parity.cosine_min > 0.99999 if pooling else parity.score_max_diff < 2e-2
+    assert parity.cosine_min > 0.99999 if pooling else parity.score_max_diff < 3e-3
 
 
 @settings(max_examples=30, deadline=None)
@@ -327,7 +326,7 @@ def test_a_gate_lets_one_alone_or_many_beside_each_other():
                 if turn % 7 == 0:
                     raise ValueError
 
-    threads = [Thread(target=go, args=(number,)) for number in range(8)]
+    threads = [Thread(target=go, args=(number,), daemon=True) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -335,6 +334,39 @@ def test_a_gate_lets_one_alone_or_many_beside_each_other():
         assert not thread.is_alive()
     assert all(count == 1 for count, alone in seen if alone)
     assert max(count for count, alone in seen if not alone) > 1
+
+
+def test_who_is_interrupted_while_waiting_alone_keeps_nobody_out(monkeypatch):
+    gate = Gate()
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with gate.beside_others():
+        monkeypatch.setattr(gate._changed, "wait_for", interrupted)
+        with pytest.raises(KeyboardInterrupt), gate.alone():
+            pass
+        monkeypatch.undo()
+    with gate.beside_others(), gate.beside_others():
+        pass
+    with gate.alone():
+        pass
+
+
+def test_a_small_run_that_lacks_memory_lowers_no_limit(stand_in, monkeypatch):
+    run, tried = stand_in._run_whole, []
+
+    def whole(*arguments, **options):
+        tried.append(arguments)
+        if len(tried) == 1:
+            raise OutOfMemoryError("no memory")
+        return run(*arguments, **options)
+
+    limit, expected = stand_in._tokens, stand_in.encode(TEXTS)
+    monkeypatch.setattr(stand_in, "_run_whole", whole)
+    np.testing.assert_allclose(stand_in.encode(TEXTS), expected, atol=1e-5)
+    assert len(tried) == 3
+    assert stand_in._tokens == limit
 
 
 def test_small_pieces_share_a_packed_run(on_a_gpu, monkeypatch):
