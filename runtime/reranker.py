@@ -45,7 +45,7 @@ class Reranker(Model):
         Args:
             pairs: One (query, passage), or several.
             normalize: Map the raw logits to 0…1 with a sigmoid.
-            truncate: Cut what is too long (logged as one warning); False raises instead.
+            truncate: Cut what is too long (logged as a warning); False raises instead.
 
         Returns:
             A float for one pair, a list of floats for several.
