@@ -203,10 +203,9 @@ def _norm(
     carrier: Carrier | None = None,
 ) -> str:
     """The layer normalisation of a sum, in float32 (which the runtime asks older ONNX Runtimes for)."""
-    scale, shift = (parameter(graph, weight, f"{name}.{part}", config.hidden) for part in ("weight", "bias"))
-    if carrier:
-        graph.weight(shift, carrier.raised)
-    inputs = [x, skip, scale, shift, *bias]
+    shift = carrier.raised if carrier else checked(weight, f"{name}.bias", config.hidden)
+    scale = parameter(graph, weight, f"{name}.weight", config.hidden)
+    inputs = [x, skip, scale, graph.weight(f"{name}.bias", shift), *bias]
     return graph.add("SkipLayerNormalization", *inputs, domain=MICROSOFT, epsilon=config.norm_eps)
 
 

@@ -309,7 +309,8 @@ class Model:
         if self._packing:
             yield opened.sessions, self._planned([texts], tokens)
             return
-        lengths, total, most = _lengths(texts), _total(texts), min(tokens or self._tokens, self._tokens)
+        lengths, most = _lengths(texts), self._most(tokens)
+        total = int(lengths.sum())
         if total > TOKENS_PER_THREAD:
             opened.small.discard(call)
         # A run on all threads would wait at each operator for those of the other calls.
@@ -332,7 +333,7 @@ class Model:
         waiting: list[Batch] = []
         for piece in pieces:
             waiting.append(_texts(piece))
-            least = min(tokens or self._tokens, self._tokens) // 2 if self._packing else 1
+            least = self._most(tokens) // 2 if self._packing else 1
             if sum(map(_total, waiting)) >= least:
                 batches = self._planned(waiting, tokens)
                 waiting = [batches.pop()] if _total(batches[-1]) < least else []
@@ -343,7 +344,11 @@ class Model:
     def _planned(self, waiting: Sequence[Batch], tokens: int | None) -> list[Batch]:
         """What waits, in batches of no more tokens than a run may have."""
         texts, plan = _joined(waiting), plan_packed if self._packing else plan_batches
-        return _parts(texts, plan(_lengths(texts), min(tokens or self._tokens, self._tokens)))
+        return _parts(texts, plan(_lengths(texts), self._most(tokens)))
+
+    def _most(self, tokens: int | None) -> int:
+        """Most tokens in a run, of which a caller may want no more than so many."""
+        return min(tokens or self._tokens, self._tokens)
 
     def _run_batch(
         self, outputs: Sequence[str], gate: Gate, session: Session, batch: Batch
@@ -358,11 +363,11 @@ class Model:
         runs: list[Run] | None = None
         if len(places) == 1 or total <= self._tokens:  # which may have been halved since this was planned
             try:
-                with gate.beside_others():
+                with gate.entered():
                     runs = self._run_whole(outputs, session, batch, total)
             except (OutOfMemoryError, MemoryError):
                 if len(places) == 1:
-                    with gate.alone():
+                    with gate.entered(alone=True):
                         runs = self._run_alone(outputs, session, batch, total)
                 else:
                     if total > self._tokens // 2:

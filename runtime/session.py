@@ -189,43 +189,34 @@ class Gate:
 
     def __init__(self) -> None:
         """Nobody is inside."""
+        # Entered itself, since a Condition is entered in Python, which an interrupt can cut in two.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._inside: set[object] = set()
         self._alone: object = None
 
     @contextlib.contextmanager
-    def beside_others(self) -> Iterator[None]:
-        """Inside, once nobody is there alone."""
+    def entered(self, *, alone: bool = False) -> Iterator[None]:
+        """Inside, once nobody is there alone; with ``alone``, once everybody has left, and while others wait.
+
+        Who is interrupted while waiting keeps nobody out.
+        """
         me = object()
         try:
             with self._lock:
                 self._changed.wait_for(lambda: self._alone is None)
-                self._inside.add(me)
+                if alone:
+                    self._alone = me
+                    self._changed.wait_for(lambda: not self._inside)
+                else:
+                    self._inside.add(me)
             yield
         finally:
-            self._leave(me)
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Inside, once everybody has left; others wait meanwhile."""
-        me = object()
-        try:
             with self._lock:
-                self._changed.wait_for(lambda: self._alone is None)
-                self._alone = me
-                self._changed.wait_for(lambda: not self._inside)
-            yield
-        finally:
-            self._leave(me)
-
-    def _leave(self, me: object) -> None:
-        """Leave; or wait no longer, after an interrupt."""
-        with self._lock:
-            self._inside.discard(me)
-            if self._alone is me:
-                self._alone = None
-            self._changed.notify_all()
+                self._inside.discard(me)
+                if self._alone is me:
+                    self._alone = None
+                self._changed.notify_all()
 
 
 def run_session(
@@ -281,8 +272,9 @@ def run_feeds(
         RunError: ONNX Runtime failed; ``OutOfMemoryError``, for want of memory.
     """
     taken = {entry.name: feeds[entry.name] for entry in session.get_inputs()}
-    options = onnxruntime.RunOptions()
+    options = None
     if shrink:
+        options = onnxruntime.RunOptions()
         cuda = session.get_provider_options().get(PROVIDERS["cuda"])
         arena = f"gpu:{cuda['device_id']}" if cuda else "cpu:0"
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)

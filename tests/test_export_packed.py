@@ -318,7 +318,7 @@ def test_a_gate_lets_one_alone_or_many_beside_each_other():
 
     def go(number):
         for turn in range(50):
-            with contextlib.suppress(ValueError), gate.alone() if (number + turn) % 5 == 0 else gate.beside_others():
+            with contextlib.suppress(ValueError), gate.entered(alone=(number + turn) % 5 == 0):
                 inside.append(number)
                 time.sleep(0.0002)
                 seen.append((len(inside), (number + turn) % 5 == 0))
@@ -342,14 +342,14 @@ def test_who_is_interrupted_while_waiting_alone_keeps_nobody_out(monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    with gate.beside_others():
+    with gate.entered():
         monkeypatch.setattr(gate._changed, "wait_for", interrupted)
-        with pytest.raises(KeyboardInterrupt), gate.alone():
+        with pytest.raises(KeyboardInterrupt), gate.entered(alone=True):
             pass
         monkeypatch.undo()
-    with gate.beside_others(), gate.beside_others():
+    with gate.entered(), gate.entered():
         pass
-    with gate.alone():
+    with gate.entered(alone=True):
         pass
 
 
