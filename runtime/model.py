@@ -6,14 +6,12 @@ import itertools
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from runtime.batching import plan_batches, plan_threads
 from runtime.checks import NO_LIMITS, Limits, check_count
 from runtime.errors import ArtifactError, InputError, ProviderError, RunError
+from runtime.lanes import Lanes
 from runtime.manifest import TOKENIZER, Kind, Manifest, Packing, check_file, load_manifest
 from runtime.metrics import Hook, ignore
 from runtime.packing import Run, by_length, pack, plan_packed
@@ -66,9 +65,18 @@ PREFERENCE = {"cpu": ("int8", "fp32"), "cuda": ("fp16", "fp32")}
 MAX_THREADS = 1024
 
 Given = TypeVar("Given")
-Done = TypeVar("Done")
-Batch = tuple[NDArray[np.intp], list[list[int]], list[list[int]] | None]
-"""Places of texts, their token ids and their token types."""
+
+
+class Batch(NamedTuple):
+    """Texts that run together."""
+
+    places: NDArray[np.intp]
+    """Where they are among all of the call."""
+    ids: list[list[int]]
+    types: list[list[int]] | None
+    """Token types; all 0 by default."""
+    feeds: dict[str, NDArray[Any]] | None = None
+    """What a packed graph takes of them, once it is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +97,7 @@ class _Opened:
     Attributes:
         process: Its number.
         sessions: One for each device; on a CPU it gives each run all threads.
+        lanes: On GPUs, what all calls of more than one run share.
         narrow: Gives each run one thread; None until it is needed, and where it can't be had.
         tried: Whether opening ``narrow`` was tried.
         small: The calls of few tokens that are running.
@@ -97,6 +106,7 @@ class _Opened:
 
     process: int
     sessions: tuple[Session, ...]
+    lanes: Lanes | None = None
     narrow: Session | None = None
     tried: bool = False
     small: set[object] = field(default_factory=set)
@@ -213,7 +223,10 @@ class Model:
         self.close()
 
     def _open_all(self, verify: bool) -> _Opened:
-        return _Opened(os.getpid(), tuple(self._open(device, self._threads, verify) for device in self._devices))
+        sessions = tuple(self._open(device, self._threads, verify) for device in self._devices)
+        # Of graphs that aren't ours, operators may be upset by two runs at once.
+        each = IN_FLIGHT if self._packing else 1
+        return _Opened(os.getpid(), sessions, Lanes(sessions * each, lasting=True) if self._on_gpu else None)
 
     def _open(self, device: str, threads: int, verify: bool) -> Session:
         loaded = self.manifest.variants[self.variant]
@@ -280,19 +293,16 @@ class Model:
         """
         opened, call = self._opened_here(), object()
         work = functools.partial(self._run_batch, outputs, opened.gate)
-        plans: Iterable[tuple[Sequence[Session], Iterable[Batch]]]
+        plans: Iterable[tuple[Lanes, Iterable[Batch]]]
         if self._on_gpu:
-            first = next(self._turns) % len(opened.sessions)  # or all single queries would go to one GPU
-            lanes = (*opened.sessions[first:], *opened.sessions[:first])
             due = self._gpu_batches(pieces, tokens)
-            # Of graphs that aren't ours, operators may be upset by two runs at once.
-            plans = [(lanes * (IN_FLIGHT if self._packing else 1), list(due) if isinstance(pieces, list) else due)]
+            plans = [self._gpu_plan(opened, list(due) if isinstance(pieces, list) else due)]
         else:
             plans = itertools.chain.from_iterable(self._cpu_plans(opened, call, piece, tokens) for piece in pieces)
         opened.small.add(call)
         try:
-            for sessions, batches in plans:
-                for runs, seconds, total in _side_by_side(work, batches, sessions):
+            for lanes, batches in plans:
+                for runs, seconds, total in lanes.side_by_side(work, batches):
                     self._hook("run_seconds", seconds)
                     self._hook("batches", 1)
                     self._hook("texts", sum(len(places) for places, _, _ in runs))
@@ -303,11 +313,11 @@ class Model:
 
     def _cpu_plans(
         self, opened: _Opened, call: object, piece: Piece, tokens: int | None
-    ) -> Iterator[tuple[Sequence[Session], list[Batch]]]:
-        """Batches, and the sessions that take them, each one at a time but as often as it is named."""
+    ) -> Iterator[tuple[Lanes, list[Batch]]]:
+        """Batches, and the lanes that take them."""
         texts = _texts(piece)
         if self._packing:
-            yield opened.sessions, self._planned([texts], tokens)
+            yield Lanes(opened.sessions), self._planned([texts], tokens)
             return
         lengths, most = _lengths(texts), self._most(tokens)
         total = int(lengths.sum())
@@ -317,27 +327,46 @@ class Model:
         crowded = call in opened.small and len(opened.small) >= self._threads
         narrow = self._narrow_session(opened, crowded or total > MAX_TOKENS_PER_RUN)
         if narrow and crowded:
-            yield (narrow,), _parts(texts, plan_batches(lengths, most))
+            yield Lanes((narrow,)), _parts(texts, plan_batches(lengths, most))
             return
         most = min(most, TOKENS_PER_THREAD * self._threads)
         on_all, on_one = plan_threads(lengths, most, self._threads if narrow else 1)
-        yield opened.sessions, _parts(texts, on_all)
+        yield Lanes(opened.sessions), _parts(texts, on_all)
         if narrow:
-            yield (narrow,) * self._threads, _parts(texts, on_one)
+            yield Lanes((narrow,) * self._threads), _parts(texts, on_one)
+
+    def _gpu_plan(self, opened: _Opened, batches: Iterable[Batch]) -> tuple[Lanes, Iterable[Batch]]:
+        """The batches, packed when they are due, and the lanes that take them.
+
+        They are packed by who waits for the results, so that a lane whose run ends goes on with the next at once.
+        """
+        if isinstance(batches, list) and len(batches) < 2:  # waits for no other call's, and on no GPU more than others
+            turn = opened.sessions[next(self._turns) % len(opened.sessions)]
+            return Lanes((turn,)), batches
+        assert opened.lanes
+        return opened.lanes, map(self._packed, batches)
+
+    def _packed(self, batch: Batch) -> Batch:
+        """With what a packed graph takes."""
+        if not self._packing or batch.feeds:
+            return batch
+        return batch._replace(feeds=pack(batch.ids, batch.types, self._packing.padding_id))
 
     def _gpu_batches(self, pieces: Iterable[Piece], tokens: int | None) -> Iterator[Batch]:
         """Batches of a piece after the other, each planned when it is due.
 
-        What is left of a piece and would fill less than half a packed run goes with the next.
+        What is left of a piece and would fill less than half a packed run goes with the next, but of the first, for
+        which the GPU waits.
         """
         waiting: list[Batch] = []
+        least = 0
         for piece in pieces:
             waiting.append(_texts(piece))
-            least = self._most(tokens) // 2 if self._packing else 1
             if sum(map(_total, waiting)) >= least:
                 batches = self._planned(waiting, tokens)
-                waiting = [batches.pop()] if _total(batches[-1]) < least else []
+                waiting = [batches.pop()] if batches and _total(batches[-1]) < least else []
                 yield from batches
+                least = self._most(tokens) // 2 if self._packing else 0
         if waiting:
             yield from self._planned(waiting, tokens)
 
@@ -358,15 +387,14 @@ class Model:
         Returns:
             What ``_run`` yields of it, the seconds it took, and its tokens.
         """
-        places, rows, types = batch
         total, start = _total(batch), time.perf_counter()
         runs: list[Run] | None = None
-        if len(places) == 1 or total <= self._tokens:  # which may have been halved since this was planned
+        if len(batch.ids) == 1 or total <= self._tokens:  # which may have been halved since this was planned
             try:
                 with gate.entered():
                     runs = self._run_whole(outputs, session, batch, total)
             except (OutOfMemoryError, MemoryError):
-                if len(places) == 1:
+                if len(batch.ids) == 1:
                     with gate.entered(alone=True):
                         runs = self._run_alone(outputs, session, batch, total)
                 else:
@@ -374,11 +402,9 @@ class Model:
                         self._tokens = min(self._tokens, max(total // 2, MAX_TOKENS_PER_RUN // 4))
                     say_once(f"{self._folder}: runs are halved, since one lacked memory")
         if runs is None:
-            middle = len(places) // 2
             runs = []
-            for half in (slice(None, middle), slice(middle, None)):
-                part = places[half], rows[half], None if types is None else types[half]
-                runs += self._run_batch(outputs, gate, session, part)[0]
+            for half in _parts(batch, np.split(np.arange(len(batch.ids)), [len(batch.ids) // 2])):
+                runs += self._run_batch(outputs, gate, session, half)[0]
         return runs, time.perf_counter() - start, total
 
     def _run_alone(self, outputs: Sequence[str], session: Session, text: Batch, total: int) -> list[Run] | None:
@@ -403,13 +429,12 @@ class Model:
             OutOfMemoryError: It lacks memory.
             RunError: It fails otherwise, or a text is beyond fp16's range.
         """
-        places, rows, types = batch
-        if not self._packing:
+        places, rows, types, feeds = self._packed(batch)
+        if feeds is None:
             held = np.array(rows, np.int64)
             self._check_known(held)
             held_types = None if types is None else np.array(types, np.int64)
             return [(places, held, run_session(session, outputs, held, held_types, shrink=shrink))]
-        feeds = pack(rows, types, self._packing.padding_id)
         self._check_known(feeds["input_ids"])
         found = run_feeds(session, outputs, feeds, f"{len(rows)} texts of {total} tokens", shrink=shrink)
         if not all(np.isfinite(values).all() for values in found):  # one text's in mean pooling are every text's
@@ -440,16 +465,18 @@ class Model:
         most = AHEAD if self._on_gpu and self._packing else PIECE
         if len(items) <= most:
             return [encode(items, 0)]
-        starts = range(0, len(items), most)
+        # Of the first, for which a GPU waits, there are half as many.
+        edges = [0, *range(most // 2 if self._on_gpu else most, len(items), most), len(items)]
+        parts = ((items[start:end], start) for start, end in itertools.pairwise(edges))
         if not self._on_gpu:
-            return (encode(items[start : start + most], start) for start in starts)
+            return (encode(*part) for part in parts)
 
         def pieces() -> Iterator[Piece]:
             with ThreadPoolExecutor(1) as thread:
-                following = thread.submit(encode, items[:most], 0)
-                for start in starts[1:]:
+                following = thread.submit(encode, *next(parts))
+                for part in parts:
                     piece = following.result()
-                    following = thread.submit(encode, items[start : start + most], start)
+                    following = thread.submit(encode, *part)
                     yield piece
                 yield following.result()
 
@@ -460,64 +487,30 @@ def _texts(piece: Piece) -> Batch:
     """The texts of a piece that have any tokens: only tokenizers without special tokens give none."""
     chosen = [i for i, ids in enumerate(piece.ids) if ids]
     types = None if piece.types is None else [piece.types[i] for i in chosen]
-    return np.array(chosen, np.intp) + piece.start, [piece.ids[i] for i in chosen], types
+    return Batch(np.array(chosen, np.intp) + piece.start, [piece.ids[i] for i in chosen], types)
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:
     """Batches of one call as one; all have token types or none has."""
-    types = [row for _, _, some in batches for row in some or ()]
-    rows = [row for _, some, _ in batches for row in some]
-    return np.concatenate([places for places, _, _ in batches]), rows, None if batches[0][2] is None else types
+    types = None if batches[0].types is None else [row for batch in batches for row in batch.types or ()]
+    return Batch(np.concatenate([batch.places for batch in batches]), [row for b in batches for row in b.ids], types)
 
 
 def _total(batch: Batch) -> int:
-    return sum(map(len, batch[1]))
+    return sum(map(len, batch.ids))
 
 
 def _lengths(batch: Batch) -> NDArray[np.intp]:
-    return np.array([len(ids) for ids in batch[1]], np.intp)
+    return np.array([len(ids) for ids in batch.ids], np.intp)
 
 
 def _parts(batch: Batch, plan: Sequence[NDArray[np.intp]]) -> list[Batch]:
     """A batch as planned."""
-    places, rows, types = batch
+    places, rows, types, _ = batch
     return [
-        (places[part], [rows[i] for i in part], None if types is None else [types[i] for i in part]) for part in plan
+        Batch(places[part], [rows[i] for i in part], None if types is None else [types[i] for i in part])
+        for part in plan
     ]
-
-
-def _side_by_side(
-    work: Callable[[Session, Given], Done], items: Iterable[Given], lanes: Sequence[Session]
-) -> Iterator[Done]:
-    """Of each item what the work makes of it, in order, with no more than two items a lane begun and not yielded.
-
-    Args:
-        work: Takes a lane and an item.
-        items: What is worked on.
-        lanes: What the work is done with; each serves one item at a time.
-    """
-    if len(lanes) == 1 or (isinstance(items, Sequence) and len(items) < 2):
-        yield from (work(lanes[0], item) for item in items)
-        return
-    free: SimpleQueue[Session] = SimpleQueue()
-    for lane in lanes:
-        free.put(lane)
-
-    def take(item: Given) -> Done:
-        lane = free.get()
-        try:
-            return work(lane, item)
-        finally:
-            free.put(lane)
-
-    with ThreadPoolExecutor(len(lanes)) as pool:
-        begun: deque[Future[Done]] = deque()
-        for item in items:
-            begun.append(pool.submit(take, item))
-            if len(begun) == 2 * len(lanes):
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
 
 
 def _fitting(manifest: Manifest, device: str) -> list[str]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from runtime import Embedder, InputError, Reranker, RunError
 from runtime.batching import plan_batches, plan_threads
-from runtime.model import MAX_TOKENS_PER_RUN, _side_by_side
+from runtime.lanes import Lanes
+from runtime.model import MAX_TOKENS_PER_RUN
 
 WORDS = ["river", "stone", "light", "apple", "horse", "tower", "green", "table", "music", "bread"]
 TEXTS = [" ".join(random.Random(i).choices(WORDS, k=i % 61)) for i in range(200)]
@@ -189,7 +190,7 @@ def test_items_run_side_by_side_in_order_and_few_ahead_of_what_is_taken():
         return item * item
 
     busy = set()
-    results = _side_by_side(work, range(20), "abc")
+    results = Lanes("abc").side_by_side(work, range(20))
     for taken, result in enumerate(results, 1):
         assert result == (taken - 1) ** 2
         assert len(begun) <= taken + 6
@@ -206,8 +207,41 @@ def test_after_an_error_what_has_not_begun_never_does():
         return item
 
     with pytest.raises(RunError):
-        list(_side_by_side(work, range(100), "ab"))
+        list(Lanes("ab").side_by_side(work, range(100)))
     assert len(begun) <= 8
+
+
+def test_lasting_lanes_keep_their_threads_and_are_shared_by_all_work():
+    lanes, busy, workers, most = Lanes("aab", lasting=True), [], set(), []
+
+    def work(lane, item):
+        workers.add(threading.current_thread())
+        busy.append(lane)
+        assert busy.count("a") <= 2
+        assert busy.count("b") <= 1
+        most.append(len(busy))
+        time.sleep(0.001)
+        busy.remove(lane)
+        if item == 50:
+            raise RunError("no memory")
+        return item
+
+    def all_of(items):
+        return list(lanes.side_by_side(work, items))
+
+    with concurrent.futures.ThreadPoolExecutor(3) as callers:
+        for found in callers.map(all_of, [range(40)] * 6):
+            assert found == [*range(40)]
+    with pytest.raises(RunError):
+        all_of(range(45, 200))
+    assert not busy  # when it has ended
+    assert all_of(range(10)) == [*range(10)]
+    assert max(most) == len(workers) == 3
+    assert all(worker.is_alive() for worker in workers)
+    lanes = None
+    for worker in workers:
+        worker.join(30)
+        assert not worker.is_alive()
 
 
 def test_a_closed_embedder_ends_its_bulk_work_well(tiny_artifact):
