@@ -315,8 +315,8 @@ class Embedder(Model):
             vectors = self._dense(len(flat), [Piece(flat)], truncate_dim)
             return self._join(vectors, [[len(ids) for ids in text] for text in pieces])
 
-        def encode(some: Sequence[str], start: int) -> Piece:
-            return Piece(self._tokenizer.encode(some, truncate, first + start), start=start)
+        def encode(some: Sequence[str], start: int, cut: list[int] | None) -> Piece:
+            return Piece(self._tokenizer.encode(some, truncate, first + start, cut), start=start)
 
         return self._dense(len(texts), self._ahead(texts, encode), truncate_dim)
 

@@ -455,30 +455,35 @@ class Model:
                 "the graph don't belong together, export the model again"
             )
 
-    def _ahead(self, items: Sequence[Given], encode: Callable[[Sequence[Given], int], Piece]) -> Iterable[Piece]:
+    def _ahead(
+        self, items: Sequence[Given], encode: Callable[[Sequence[Given], int, list[int] | None], Piece]
+    ) -> Iterable[Piece]:
         """Tokenise what there is, a lot of it piece by piece; for a GPU, the next while it is busy with the one before.
 
         Args:
             items: Texts or pairs.
-            encode: Tokenises some of them, of which the first has this place.
+            encode: Tokenises some of them, of which the first has this place, and says how many are cut.
         """
         most = AHEAD if self._on_gpu and self._packing else PIECE
         if len(items) <= most:
-            return [encode(items, 0)]
+            return [encode(items, 0, None)]
         # Of the first, for which a GPU waits, there are half as many.
         edges = [0, *range(most // 2 if self._on_gpu else most, len(items), most), len(items)]
-        parts = ((items[start:end], start) for start, end in itertools.pairwise(edges))
-        if not self._on_gpu:
-            return (encode(*part) for part in parts)
+        cut: list[int] = []
+        parts = ((items[start:end], start, cut) for start, end in itertools.pairwise(edges))
 
         def pieces() -> Iterator[Piece]:
-            with ThreadPoolExecutor(1) as thread:
-                following = thread.submit(encode, *next(parts))
-                for part in parts:
-                    piece = following.result()
-                    following = thread.submit(encode, *part)
-                    yield piece
-                yield following.result()
+            if not self._on_gpu:
+                yield from itertools.starmap(encode, parts)
+            else:
+                with ThreadPoolExecutor(1) as thread:
+                    following = thread.submit(encode, *next(parts))
+                    for part in parts:
+                        piece = following.result()
+                        following = thread.submit(encode, *part)
+                        yield piece
+                    yield following.result()
+            self._tokenizer.warn("pair" if self.KIND == "reranker" else "text", sum(cut), len(items))
 
         return pieces()
 

@@ -107,8 +107,8 @@ class Reranker(Model):
         """Raw logits, float32 ``(n,)``; 0 of a pair without tokens (if its tokenizer has no special ones)."""
         logits = np.zeros(len(pairs), np.float32)
 
-        def encode(some: Sequence[tuple[str, str]], start: int) -> Piece:
-            encoded = self._tokenizer.encode_pairs(some, truncate, first + start)
+        def encode(some: Sequence[tuple[str, str]], start: int, cut: list[int] | None) -> Piece:
+            encoded = self._tokenizer.encode_pairs(some, truncate, first + start, cut)
             return Piece([ids for ids, _ in encoded], [types for _, types in encoded], start)
 
         for places, _, (found,) in self._run(["logits"], self._ahead(pairs, encode)):

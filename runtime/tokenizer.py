@@ -73,15 +73,18 @@ class Tokenizer:
                 types[sequence] = kind
         return _Template(special, special_types, types)
 
-    def encode(self, texts: Sequence[str], truncate: bool = True, first: int = 0) -> list[list[int]]:
+    def encode(
+        self, texts: Sequence[str], truncate: bool = True, first: int = 0, cut: list[int] | None = None
+    ) -> list[list[int]]:
         """Token ids of each text, special tokens included, at most ``max_length`` each.
 
-        Texts that are cut are counted in one log warning per call.
+        Texts that are cut are counted in one log warning.
 
         Args:
             texts: Texts.
             truncate: False raises on a text that is too long instead of cutting it.
             first: The first text's number in error messages.
+            cut: Gets how many are cut, instead of the log, from who will call ``warn`` for several calls.
 
         Raises:
             InputError: A text is too long and ``truncate`` is False, or isn't valid Unicode.
@@ -93,7 +96,7 @@ class Tokenizer:
                 long[i] = len(ids)
                 ids = self._single.wrap(ids[before : len(ids) - after][: self._room])
             encoded.append(ids)
-        self._report("text", long, len(texts), truncate)
+        self._report("text", long, len(texts), truncate, cut)
         return encoded
 
     def encode_chunks(self, texts: Sequence[str], first: int = 0) -> list[list[list[int]]]:
@@ -104,7 +107,7 @@ class Tokenizer:
         ]
 
     def encode_pairs(
-        self, pairs: Sequence[tuple[str, str]], truncate: bool = True, first: int = 0
+        self, pairs: Sequence[tuple[str, str]], truncate: bool = True, first: int = 0, cut: list[int] | None = None
     ) -> list[tuple[list[int], list[int]]]:
         """Token ids and token types of each pair, special tokens included, at most ``max_length`` each.
 
@@ -114,6 +117,7 @@ class Tokenizer:
             pairs: Queries and passages; each different text is tokenised once.
             truncate: False raises on a pair that is too long instead of cutting it.
             first: The first pair's number in error messages.
+            cut: As in ``encode``.
 
         Raises:
             ArtifactError: The special tokens alone exceed ``max_length``.
@@ -136,14 +140,19 @@ class Tokenizer:
             if len(a) < lengths[query] or len(b) < lengths[passage]:
                 long[i] = lengths[query] + lengths[passage] + special
             encoded.append((self._pair.wrap(a, b), self._pair.wrap_types(len(a), len(b))))
-        self._report("pair", long, len(pairs), truncate)
+        self._report("pair", long, len(pairs), truncate, cut)
         return encoded
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text before any truncation, special tokens included."""
         return [len(body) + self.max_length - self._room for body in self._ids(texts)]
 
-    def _report(self, what: str, long: dict[int, int], total: int, truncate: bool) -> None:
+    def warn(self, what: str, cut: int, total: int) -> None:
+        """Log that so many of all texts or pairs were cut, if any were."""
+        if cut:
+            logger.warning("%d of %d %ss had more than %d tokens and were cut", cut, total, what, self.max_length)
+
+    def _report(self, what: str, long: dict[int, int], total: int, truncate: bool, cut: list[int] | None) -> None:
         """Warn of what is cut, or refuse it; ``long`` holds the tokens of each text or pair that is too long."""
         if long and not truncate:
             i, tokens = next(iter(long.items()))
@@ -154,7 +163,10 @@ class Tokenizer:
             )
         if long:
             self._hook("truncated", len(long))
-            logger.warning("%d of %d %ss had more than %d tokens and were cut", len(long), total, what, self.max_length)
+        if cut is None:
+            self.warn(what, len(long), total)
+        else:
+            cut.append(len(long))
 
     def _ids(
         self, texts: Sequence[str], name: Callable[[int], str] = "text {}".format, *, special: bool = False

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import time
@@ -411,6 +412,13 @@ def test_texts_are_tokenised_ahead_and_come_back_in_order(on_a_gpu, monkeypatch)
     found = on_a_gpu.encode(texts)
     expected = np.array([on_a_gpu.encode(text) for text in texts])
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_texts_that_are_cut_are_logged_once_a_call(on_a_gpu, monkeypatch, caplog):
+    monkeypatch.setattr("runtime.model.AHEAD", 4)
+    with caplog.at_level(logging.WARNING, "runtime"):
+        on_a_gpu.encode(["fine", "river " * 100] * 20)
+    assert [record.getMessage() for record in caplog.records] == ["20 of 40 texts had more than 64 tokens and were cut"]
 
 
 def test_a_text_that_fails_ahead_is_named_by_its_place(on_a_gpu, monkeypatch):

@@ -5,6 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import make_checkpoint, tiny_bert_config
 
@@ -12,7 +13,7 @@ import export.pipeline
 from export.errors import ExportError, ParityError
 from export.pipeline import TOOLS, export_model
 from export.source import load_tokenizer, resolve_source
-from export.verify import LONGEST, THRESHOLDS, long_text, verification_texts
+from export.verify import LONGEST, QUERIES, THRESHOLDS, TOP, Answers, compare, long_text, verification_texts
 from runtime.manifest import load_manifest
 
 pytestmark = pytest.mark.usefixtures("few_texts")
@@ -395,3 +396,14 @@ def test_the_long_text_has_about_fifty_tokens_more_than_the_limit(tiny_checkpoin
     tokenizer = load_tokenizer(resolve_source(str(tiny_checkpoint)))
     tokens = len(tokenizer(long_text(["a b", "中文中文"], max_length, tokenizer))["input_ids"])
     assert min(max_length, LONGEST) + 40 < tokens <= min(max_length, LONGEST) + 52
+
+
+@pytest.mark.parametrize(("apart", "agreement"), [(0.00002, 1), (0.01, 1 - 1 / (QUERIES * TOP))])
+def test_passages_that_fp32_tells_apart_by_chance_count_as_the_same(apart, agreement):
+    """Two of random weights were, and failed a test once in a hundred runs."""
+    scores = np.tile(np.arange(16.0), (QUERIES, 1))
+    fifth, sixth = 16 - TOP, 15 - TOP
+    scores[0, sixth] = scores[0, fifth] - apart
+    original = Answers(scores=scores.ravel().tolist())
+    scores[0, [fifth, sixth]] = scores[0, [sixth, fifth]]
+    assert compare(original, Answers(scores=scores.ravel().tolist())).score_top_agreement == agreement

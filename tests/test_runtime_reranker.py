@@ -266,7 +266,9 @@ def test_what_just_fits_is_not_refused(tiny, caplog):
     assert not caplog.records
 
 
-def test_pairs_that_are_cut_are_logged_once_a_call(tiny, caplog):
+@pytest.mark.parametrize("piece", [2, 100])
+def test_pairs_that_are_cut_are_logged_once_a_call(tiny, caplog, monkeypatch, piece):
+    monkeypatch.setattr("runtime.model.PIECE", piece)
     with caplog.at_level(logging.WARNING, "runtime"):
         tiny.compute_score([("a", LONG), ("a", "b"), (LONG, "b")])
     assert [record.getMessage() for record in caplog.records] == ["2 of 3 pairs had more than 64 tokens and were cut"]
