@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from queue import SimpleQueue
+from queue import PriorityQueue
 from typing import TypeVar
 
 from runtime.session import Session
@@ -24,21 +24,23 @@ class Lanes:
         """
         self._sessions = tuple(sessions)
         self._lasting = ThreadPoolExecutor(len(self._sessions)) if lasting else None
-        self._free: SimpleQueue[Session] = SimpleQueue()
-        for session in self._sessions:
-            self._free.put(session)
+        # The first free lane is taken, so that a few items go to as many sessions.
+        self._free: PriorityQueue[int] = PriorityQueue()
+        for lane in range(len(self._sessions)):
+            self._free.put(lane)
 
     def side_by_side(self, work: Callable[[Session, Given], Done], items: Iterable[Given]) -> Iterator[Done]:
         """Of each item what the work makes of it, in order, with no more than two items a lane begun and not yielded.
 
-        When it ends, however it does, nothing of it is running any more. A single lane needs no thread, nor does a
-        single item in a sequence.
+        When it ends, however it does, nothing of it is running any more. Unless lanes are shared, a single one needs no
+        thread, nor does a single item in a sequence.
 
         Args:
             work: Takes a session and an item.
             items: What is worked on; each is asked for when it is due.
         """
-        if len(self._sessions) == 1 or (isinstance(items, Sequence) and len(items) < 2):
+        single = len(self._sessions) == 1 or (isinstance(items, Sequence) and len(items) < 2)
+        if single and not self._lasting:
             yield from (work(self._sessions[0], item) for item in items)
             return
         begun: deque[Future[Done]] = deque()
@@ -47,8 +49,10 @@ class Lanes:
             for item in items:
                 begun.append(pool.submit(self._take, work, item))
                 if len(begun) == 2 * len(self._sessions):
+                    wait([begun[0]])  # which stays there meanwhile, for who is interrupted
                     yield begun.popleft().result()
             while begun:
+                wait([begun[0]])
                 yield begun.popleft().result()
         finally:
             wait([future for future in begun if not future.cancel()])
@@ -56,8 +60,8 @@ class Lanes:
                 pool.shutdown()
 
     def _take(self, work: Callable[[Session, Given], Done], item: Given) -> Done:
-        session = self._free.get()
+        lane = self._free.get()
         try:
-            return work(session, item)
+            return work(self._sessions[lane], item)
         finally:
-            self._free.put(session)
+            self._free.put(lane)

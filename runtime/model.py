@@ -224,7 +224,7 @@ class Model:
 
     def _open_all(self, verify: bool) -> _Opened:
         sessions = tuple(self._open(device, self._threads, verify) for device in self._devices)
-        # Of graphs that aren't ours, operators may be upset by two runs at once.
+        # Of graphs that aren't ours, operators may be upset by two runs at once, of whichever calls.
         each = IN_FLIGHT if self._packing else 1
         return _Opened(os.getpid(), sessions, Lanes(sessions * each, lasting=True) if self._on_gpu else None)
 
@@ -340,11 +340,17 @@ class Model:
 
         They are packed by who waits for the results, so that a lane whose run ends goes on with the next at once.
         """
-        if isinstance(batches, list) and len(batches) < 2:  # waits for no other call's, and on no GPU more than others
-            turn = opened.sessions[next(self._turns) % len(opened.sessions)]
-            return Lanes((turn,)), batches
+        if self._packing and isinstance(batches, list) and len(batches) < 2:
+            # A single run waits for no other call's, and the GPUs take turns.
+            return Lanes((opened.sessions[next(self._turns) % len(opened.sessions)],)), batches
         assert opened.lanes
-        return opened.lanes, map(self._packed, batches)
+
+        def packed(batch: Batch) -> Batch:
+            with contextlib.suppress(MemoryError):  # the lane tries again, and halves it
+                return self._packed(batch)
+            return batch
+
+        return opened.lanes, map(packed, batches)
 
     def _packed(self, batch: Batch) -> Batch:
         """With what a packed graph takes."""

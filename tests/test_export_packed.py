@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
 from types import SimpleNamespace
 
@@ -297,6 +298,42 @@ def test_a_text_that_lacks_memory_beside_others_gets_all_of_it(on_a_gpu, monkeyp
     most = 2
     with pytest.raises(OutOfMemoryError, match="no memory"):
         on_a_gpu.encode(TEXTS)
+
+
+def test_a_pack_that_lacks_memory_is_halved(on_a_gpu, monkeypatch):
+    def scarce(ids, *rest):
+        if len(ids) > 3:
+            raise MemoryError
+        return pack(ids, *rest)
+
+    monkeypatch.setattr("runtime.model.AHEAD", 8)
+    texts = TEXTS * 6
+    expected = on_a_gpu.encode(texts)
+    monkeypatch.setattr("runtime.model.pack", scarce)
+    np.testing.assert_allclose(on_a_gpu.encode(texts), expected, atol=1e-5)
+
+
+def test_a_graph_that_isnt_packed_runs_once_at_a_time_on_a_gpu(tiny_artifact, monkeypatch):
+    """Of graphs that optimum traced, two streams can upset an operator."""
+    embedder, running = Embedder(tiny_artifact, "fp32", device="cpu"), []
+    expected = embedder.encode(TEXTS)
+    embedder._devices = ("cuda:0",)
+    embedder._opened.lanes = Lanes(embedder._opened.sessions, lasting=True)
+    run = embedder._run_whole
+
+    def whole(*given, **options):
+        running.append(given)
+        assert len(running) == 1
+        time.sleep(0.001)
+        try:
+            return run(*given, **options)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(embedder, "_run_whole", whole)
+    with ThreadPoolExecutor(4) as callers:
+        for found in callers.map(embedder.encode, [TEXTS, TEXTS[:1]] * 6):
+            np.testing.assert_allclose(found, expected[: len(found)], atol=1e-6)
 
 
 def test_a_text_that_lacks_memory_alone_gets_what_failed_runs_left_in_store(on_a_gpu, monkeypatch):

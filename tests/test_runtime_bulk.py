@@ -3,6 +3,7 @@
 import concurrent.futures
 import random
 import shutil
+import signal
 import threading
 import time
 
@@ -209,6 +210,55 @@ def test_after_an_error_what_has_not_begun_never_does():
     with pytest.raises(RunError):
         list(Lanes("ab").side_by_side(work, range(100)))
     assert len(begun) <= 8
+
+
+def test_few_items_go_to_all_sessions():
+    lanes, together, used = Lanes("abab", lasting=True), threading.Barrier(2), []
+
+    def work(lane, item):
+        together.wait(30)
+        used.append(lane)
+        time.sleep(0.001 * item)  # so that they end in another order
+
+    for number in range(12):
+        used.clear()
+        list(lanes.side_by_side(work, [number % 3, 1]))
+        assert sorted(used) == ["a", "b"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no such signals here")
+@pytest.mark.parametrize("lasting", [False, True])
+def test_what_is_interrupted_ends_when_nothing_of_it_runs(lasting):
+    running, done = threading.Event(), []
+
+    def work(lane, item):
+        running.set()
+        time.sleep(0.3)
+        done.append(item)
+
+    def interrupt():
+        running.wait(30)
+        time.sleep(0.05)  # so that the main thread waits, too
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    begun = threading.Thread(target=interrupt)
+    begun.start()
+    with pytest.raises(KeyboardInterrupt):
+        list(Lanes("ab", lasting=lasting).side_by_side(work, range(20)))
+    ended = len(done)
+    begun.join()
+    time.sleep(0.5)
+    assert len(done) == ended <= 4
+
+
+def test_who_takes_no_more_stops_the_work():
+    done = []
+    results = Lanes("ab", lasting=True).side_by_side(lambda lane, item: done.append(item), range(100))
+    next(results)
+    results.close()
+    ended = len(done)
+    time.sleep(0.05)
+    assert len(done) == ended <= 4
 
 
 def test_lasting_lanes_keep_their_threads_and_are_shared_by_all_work():
