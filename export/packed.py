@@ -52,14 +52,21 @@ def build_packed(config: EncoderConfig, weight: Weights, outputs: Sequence[Outpu
     }
     graph = Graph(inputs=[int_value(name, *shape, kind=TensorProto.INT32) for name, shape in shapes.items()])
     norms = ["embeddings.norm", *(f"layer.{i}.norm" for i in range(config.layers - 1))]
-    carriers = [*(find_carrier(config, weight, norm) for norm in norms), None]
-    x = _embeddings(graph, config, weight, pairs, carriers[0])
+    carriers = [find_carrier(config, weight, norm) for norm in norms]
+    moved: dict[str, Loader] = {}
+    for i, (norm, carrier) in enumerate(zip(norms, carriers, strict=True)):
+        moved |= _moved_biases(config, weight, f"layer.{i}", norm, carrier)
+
+    def changed(name: str) -> Loader:
+        return moved.get(name) or weight(name)
+
+    x = _embeddings(graph, config, changed, pairs)
     bias = _bias(graph, config, weight) if config.relative_buckets else ""
     starts = graph.add("Slice", "cumulative_lengths", graph.integers([0]), graph.integers([-1]), name="starts")
     first = reads_first(outputs, pooling)
     for i in range(config.layers):
         only = starts if first and i == config.layers - 1 else ""
-        x = _layer(graph, config, weight, f"layer.{i}", x, bias, only, *carriers[i : i + 2])
+        x = _layer(graph, config, changed, f"layer.{i}", x, bias, only, query_bias=carriers[i] is None)
     for output in outputs:
         _output(graph, config, weight, output, x, "" if first else starts, pooling)
     used = {value for node in graph.nodes for value in node.input}
@@ -120,15 +127,45 @@ def find_carrier(config: EncoderConfig, weight: Weights, norm: str) -> Carrier |
     return Carrier(raised.astype(np.float32), raised - b, ones) if exact else None
 
 
-def _embeddings(graph: Graph, config: EncoderConfig, weight: Weights, pairs: bool, carrier: Carrier | None) -> str:
-    """Embedded tokens, (tokens, hidden), raised as the carrier says."""
+def _moved_biases(
+    config: EncoderConfig, weight: Weights, layer: str, norm: str, carrier: Carrier | None
+) -> dict[str, Loader]:
+    """What differs from the checkpoint's weights in a layer whose keys and values have no bias, nor, carried, queries.
+
+    ``query.weight`` carries the queries' bias, and ``attention.bias`` has the values' in it. The shifts of the ``norm``
+    before them are raised, which these two undo, for the states beside attention as well.
+    """
+    hidden = config.hidden
+
+    def of(name: str, *shape: int) -> np.ndarray:
+        return checked(weight, f"{layer}.{name}", *shape)().astype(np.float64)
+
+    def query(carrier: Carrier) -> np.ndarray:
+        matrix = of("query.weight", hidden, hidden)
+        bias = of("query.bias", hidden) - matrix @ carrier.lift
+        return (matrix + np.outer(bias, carrier.ones)).astype(np.float32)
+
+    def attention() -> np.ndarray:
+        lift = carrier.lift if carrier else np.zeros(hidden)
+        value = of("value.bias", hidden) - of("value.weight", hidden, hidden) @ lift
+        whole = of("attention.bias", hidden) + of("attention.weight", hidden, hidden) @ value - lift
+        return whole.astype(np.float32)
+
+    moved: dict[str, Loader] = {f"{layer}.attention.bias": attention}
+    if carrier:
+        moved |= {f"{layer}.query.weight": lambda: query(carrier), f"{norm}.bias": lambda: carrier.raised}
+    return moved
+
+
+def _embeddings(graph: Graph, config: EncoderConfig, weight: Weights, pairs: bool) -> str:
+    """Embedded tokens, (tokens, hidden)."""
     table, first = position_table(config, weight, pairs), config.pad or 0  # what the padding token has is place 0
     x = graph.add("Gather", parameter(graph, weight, "embeddings.word", config.vocab, config.hidden), "input_ids")
     places = graph.add("Gather", graph.weight("embeddings.position", lambda: table()[first:]), "positions")
     if pairs:
         types = parameter(graph, weight, "embeddings.token_type", config.token_types, config.hidden)
         places = graph.add("Add", places, graph.add("Gather", types, "token_type_ids"))
-    return _norm(graph, config, weight, "embeddings.norm", x, places, carrier=carrier)
+    return _norm(graph, config, weight, "embeddings.norm", x, places)
 
 
 def _bias(graph: Graph, config: EncoderConfig, weight: Weights) -> str:
@@ -137,50 +174,21 @@ def _bias(graph: Graph, config: EncoderConfig, weight: Weights) -> str:
 
 
 def _layer(
-    graph: Graph,
-    config: EncoderConfig,
-    weight: Weights,
-    layer: str,
-    x: str,
-    bias: str,
-    only: str,
-    carrier: Carrier | None,
-    following: Carrier | None,
+    graph: Graph, config: EncoderConfig, weight: Weights, layer: str, x: str, bias: str, only: str, *, query_bias: bool
 ) -> str:
-    """All states from those before; or, since attention makes all, of what follows it ``only`` some.
-
-    ``carrier`` is that of the norm that made ``x``, ``following`` that of the layer's last.
-    """
+    """All states from those before; or, since attention makes all, of what follows it ``only`` some."""
     hidden, wide = config.hidden, config.intermediate
-    lift = carrier.lift if carrier else np.zeros(hidden)
-
-    def of(name: str, *shape: int) -> np.ndarray:
-        return checked(weight, f"{layer}.{name}", *shape)().astype(np.float64)
-
-    def carrying(ones: np.ndarray) -> np.ndarray:
-        """The queries' weights, and in them their bias and what undoes the lift."""
-        matrix = of("query.weight", hidden, hidden)
-        return (matrix + np.outer(of("query.bias", hidden) - matrix @ lift, ones)).astype(np.float32)
-
-    def shift() -> np.ndarray:
-        """The bias behind attention, with the values' in it, and what undoes the lift of these and the states."""
-        value = of("value.bias", hidden) - of("value.weight", hidden, hidden) @ lift
-        whole = of("attention.bias", hidden) + of("attention.weight", hidden, hidden) @ value - lift
-        return whole.astype(np.float32)
-
-    if carrier:
-        weights = graph.weight(f"{layer}.query.weight", lambda: carrying(carrier.ones))
-        query = graph.add("Gemm", x, weights, name=f"{layer}.query", transB=1)
-    else:
-        query = linear(graph, weight, f"{layer}.query", x, hidden, hidden)
-    key, value = (linear(graph, weight, f"{layer}.{part}", x, hidden, hidden, bias=False) for part in ("key", "value"))
+    query, key, value = (
+        linear(graph, weight, f"{layer}.{part}", x, hidden, hidden, bias=query_bias and part == "query")
+        for part in ("query", "key", "value")
+    )
     inputs = [query, key, value, "", "token_offset", "cumulative_lengths", *([bias] if bias else [])]
     attended = graph.add("PackedMultiHeadAttention", *inputs, domain=MICROSOFT, num_heads=config.heads)
     if only:
         attended, x = (graph.add("Gather", states, only) for states in (attended, x))
     attended = linear(graph, weight, f"{layer}.attention", attended, hidden, hidden, bias=False)
-    shifted = graph.weight(f"{layer}.attention.bias", shift)
-    x = _norm(graph, config, weight, f"{layer}.attention_norm", attended, x, shifted)
+    shift = parameter(graph, weight, f"{layer}.attention.bias", hidden)
+    x = _norm(graph, config, weight, f"{layer}.attention_norm", attended, x, shift)
     gelu = config.activation == "gelu"
     up = linear(graph, weight, f"{layer}.up", x, hidden, wide, bias=not gelu)
     if gelu:
@@ -188,25 +196,14 @@ def _layer(
     else:
         up = activate(graph, config.activation, up)
     down = linear(graph, weight, f"{layer}.down", up, wide, hidden, bias=False)
-    down_bias = parameter(graph, weight, f"{layer}.down.bias", hidden)
-    return _norm(graph, config, weight, f"{layer}.norm", down, x, down_bias, carrier=following)
+    shift = parameter(graph, weight, f"{layer}.down.bias", hidden)
+    return _norm(graph, config, weight, f"{layer}.norm", down, x, shift)
 
 
-def _norm(
-    graph: Graph,
-    config: EncoderConfig,
-    weight: Weights,
-    name: str,
-    x: str,
-    skip: str,
-    *bias: str,
-    carrier: Carrier | None = None,
-) -> str:
+def _norm(graph: Graph, config: EncoderConfig, weight: Weights, name: str, x: str, skip: str, *bias: str) -> str:
     """The layer normalisation of a sum, in float32 (which the runtime asks older ONNX Runtimes for)."""
-    shift = carrier.raised if carrier else checked(weight, f"{name}.bias", config.hidden)
-    scale = parameter(graph, weight, f"{name}.weight", config.hidden)
-    inputs = [x, skip, scale, graph.weight(f"{name}.bias", shift), *bias]
-    return graph.add("SkipLayerNormalization", *inputs, domain=MICROSOFT, epsilon=config.norm_eps)
+    parts = [parameter(graph, weight, f"{name}.{part}", config.hidden) for part in ("weight", "bias")]
+    return graph.add("SkipLayerNormalization", x, skip, *parts, *bias, domain=MICROSOFT, epsilon=config.norm_eps)
 
 
 def _output(
