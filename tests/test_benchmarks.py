@@ -74,6 +74,14 @@ def result(median: float, low: float | None = None, high: float | None = None, *
     return Result(**fields | {"figures": {"ratio": figure}} | changes)
 
 
+@pytest.mark.parametrize(("least", "calls"), [(0, 1), (1, 1), (2, 1), (3, 2), (4.5, 3)])
+def test_calls_shorter_than_a_reading_are_repeated_and_averaged(monkeypatch, least, calls):
+    done = []
+    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: 2.0 * len(done)))
+    assert worker.bulk(lambda *given: done.append(given), ["a"], 32, least) == {"seconds": 2.0}
+    assert done == [(["a"], 32)] * calls
+
+
 def test_a_beir_folder_is_read_as_beir_embeds_it(beir):
     data = read_beir(beir())
     assert data.corpus == {"d1": "A river", "d2": "stone"}
