@@ -42,9 +42,9 @@ from runtime.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS_PER_RUN = 2048
-"""Bounds memory: on a CPU one run never holds more tokens, unless a single text does. More are no faster.
-
-A call with more tokens in all is bulk work."""
+"""Bounds memory: on a CPU one run never holds more tokens, unless a single text does. More are no faster."""
+ENOUGH_TOKENS = 2048
+"""After as many that could have run side by side, a session for that is worth its memory, and opened."""
 TOKENS_PER_THREAD = 512
 """The most that a run on a CPU has for each of its threads: what more of them hold between two operators leaves the
 core's cache."""
@@ -100,6 +100,7 @@ class _Opened:
         lanes: On GPUs, what all calls of more than one run share.
         narrow: Gives each run one thread; None until it is needed, and where it can't be had.
         tried: Whether opening ``narrow`` was tried.
+        apart: Tokens of runs that could have been side by side, of all calls.
         small: The calls of few tokens that are running.
         gate: What runs go through.
     """
@@ -109,6 +110,7 @@ class _Opened:
     lanes: Lanes | None = None
     narrow: Session | None = None
     tried: bool = False
+    apart: int = 0
     small: set[object] = field(default_factory=set)
     gate: Gate = field(default_factory=Gate)
 
@@ -325,15 +327,17 @@ class Model:
             opened.small.discard(call)
         # A run on all threads would wait at each operator for those of the other calls.
         crowded = call in opened.small and len(opened.small) >= self._threads
-        narrow = self._narrow_session(opened, crowded or total > MAX_TOKENS_PER_RUN)
+        most_on_all = min(most, TOKENS_PER_THREAD * self._threads)
+        on_all, on_one = plan_threads(lengths, most_on_all, self._threads)
+        opened.apart += sum(int(lengths[places].sum()) for places in on_one)
+        narrow = self._narrow_session(opened, crowded or opened.apart > ENOUGH_TOKENS)
         if narrow and crowded:
             yield Lanes((narrow,)), _parts(texts, plan_batches(lengths, most))
-            return
-        most = min(most, TOKENS_PER_THREAD * self._threads)
-        on_all, on_one = plan_threads(lengths, most, self._threads if narrow else 1)
-        yield Lanes(opened.sessions), _parts(texts, on_all)
-        if narrow:
+        elif narrow:
+            yield Lanes(opened.sessions), _parts(texts, on_all)
             yield Lanes((narrow,) * self._threads), _parts(texts, on_one)
+        else:
+            yield Lanes(opened.sessions), _parts(texts, plan_batches(lengths, most_on_all))
 
     def _gpu_plan(self, opened: _Opened, batches: Iterable[Batch]) -> tuple[Lanes, Iterable[Batch]]:
         """The batches, packed when they are due, and the lanes that take them.

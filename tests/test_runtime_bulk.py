@@ -1,6 +1,7 @@
 """Bulk work on int8 runs side by side, a thread each, on a session of its own: as exact, as bounded and as robust."""
 
 import concurrent.futures
+import itertools
 import random
 import shutil
 import signal
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from runtime import Embedder, InputError, Reranker, RunError
 from runtime.batching import plan_batches, plan_threads
 from runtime.lanes import Lanes
-from runtime.model import MAX_TOKENS_PER_RUN
+from runtime.model import ENOUGH_TOKENS
 
 WORDS = ["river", "stone", "light", "apple", "horse", "tower", "green", "table", "music", "bread"]
 TEXTS = [" ".join(random.Random(i).choices(WORDS, k=i % 61)) for i in range(200)]
@@ -93,6 +94,19 @@ def test_only_int8_and_several_threads_take_a_second_session_and_only_for_bulk_w
         embedder = Embedder(tiny_artifact, variant, "cpu", threads)
         embedder.encode(texts)
         assert embedder._opened.narrow is None
+
+
+def test_calls_of_several_texts_add_up_to_bulk_work(tiny_artifact):
+    embedder, given = Embedder(tiny_artifact, "int8", "cpu", 2), 0
+    expected = embedder.encode(TEXTS[0])
+    for start in itertools.cycle(range(0, len(TEXTS), 20)):
+        assert embedder._opened.narrow is None
+        texts = TEXTS[start : start + 20]
+        np.testing.assert_array_equal(embedder.encode([TEXTS[0], *texts])[0], expected)
+        given += sum(min(count, embedder.max_length) for count in embedder.count_tokens([TEXTS[0], *texts]))
+        if given > ENOUGH_TOKENS:
+            break
+    assert embedder._opened.narrow is not None
 
 
 @pytest.mark.parametrize(("threads", "kept"), [(2, True), (3, False)])
@@ -306,4 +320,4 @@ def test_a_closed_embedder_ends_its_bulk_work_well(tiny_artifact):
 
 
 def test_the_texts_here_are_bulk_work():
-    assert sum(len(text.split()) for text in TEXTS) > MAX_TOKENS_PER_RUN
+    assert sum(len(text.split()) for text in TEXTS) > ENOUGH_TOKENS
