@@ -248,3 +248,23 @@ print(least)
     command = [sys.executable, "-c", code, tiny_artifact]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert float(done.stdout) < 0.008
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or usable_cpus() < 2, reason="takes Linux and two CPUs")
+@pytest.mark.parametrize("fewer", [0, 1])
+def test_a_sessions_threads_have_a_cpu_each_if_they_may_use_all(tiny_artifact, fewer):
+    code = """
+import os, sys
+from runtime import Embedder
+
+before = set(os.listdir("/proc/self/task"))
+cpus = os.sched_getaffinity(0)
+embedder = Embedder(sys.argv[1], device="cpu", threads=len(cpus) - int(sys.argv[2]))
+assert os.sched_getaffinity(0) == cpus
+started = set(os.listdir("/proc/self/task")) - before
+print(*sorted(min(own) for task in started if len(own := os.sched_getaffinity(int(task))) == 1))
+"""
+    command = [sys.executable, "-c", code, tiny_artifact, str(fewer)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert not done.stderr
+    assert [int(cpu) for cpu in done.stdout.split()] == ([] if fewer else sorted(os.sched_getaffinity(0))[1:])
