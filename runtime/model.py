@@ -54,6 +54,8 @@ PACKED_TOKENS_PER_RUN = 32_768
 """The same for a packed graph."""
 IN_FLIGHT = 3
 """Packed runs that a GPU is given at once, so that it goes on with one while others' results are fetched."""
+CROWDED = 0.01
+"""Seconds for which calls count as crowded after several were: they come again, and not always at once."""
 PIECE = 4096
 """Texts that are tokenised at once: their ids take ten times the memory of their vectors."""
 AHEAD = 256
@@ -102,6 +104,7 @@ class _Opened:
         tried: Whether opening ``narrow`` was tried.
         apart: Tokens of runs that could have been side by side, of all calls.
         small: The calls of few tokens that are running.
+        crowded: Until when (``time.perf_counter``) they count as too many for runs on all threads.
         gate: What runs go through.
     """
 
@@ -112,6 +115,7 @@ class _Opened:
     tried: bool = False
     apart: int = 0
     small: set[object] = field(default_factory=set)
+    crowded: float = 0.0
     gate: Gate = field(default_factory=Gate)
 
 
@@ -326,7 +330,10 @@ class Model:
         if total > TOKENS_PER_THREAD:
             opened.small.discard(call)
         # A run on all threads would wait at each operator for those of the other calls.
-        crowded = call in opened.small and len(opened.small) >= self._threads
+        now = time.perf_counter()
+        if len(opened.small) >= self._threads:
+            opened.crowded = now + CROWDED
+        crowded = call in opened.small and now < opened.crowded
         most_on_all = min(most, TOKENS_PER_THREAD * self._threads)
         on_all, on_one = plan_threads(lengths, most_on_all, self._threads)
         opened.apart += sum(int(lengths[places].sum()) for places in on_one)

@@ -127,6 +127,26 @@ def test_as_many_small_calls_as_threads_run_on_one_each_with_the_same_bits(tiny_
     assert not embedder._opened.small
 
 
+def test_for_a_moment_after_a_crowd_a_call_still_takes_one_thread(tiny_artifact, monkeypatch):
+    monkeypatch.setattr("runtime.model.CROWDED", 60)
+    embedder, taken = Embedder(tiny_artifact, "int8", "cpu", 2), []
+    run = embedder._run_batch
+
+    def watched(outputs, gate, session, batch):
+        taken.append(session is embedder._opened.narrow)
+        return run(outputs, gate, session, batch)
+
+    embedder._run_batch = watched
+    embedder.encode(TEXTS[5])
+    embedder._opened.small.add("another call")
+    embedder.encode(TEXTS[5])
+    embedder._opened.small.clear()
+    embedder.encode(TEXTS[5])
+    embedder._opened.crowded -= 60
+    embedder.encode(TEXTS[5])
+    assert taken == [False, True, True, False]
+
+
 def test_bulk_work_doesnt_crowd_a_query(tiny_artifact):
     def call_again(metric, value):
         if metric == "run_seconds":
