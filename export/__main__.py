@@ -61,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--revision", help="branch, tag or commit of the hub")
     parser.add_argument("--pooling", choices=POOLINGS, help="for a checkpoint that doesn't say how it pools")
+    for name, whose in (("query", "encode_queries"), ("passage", "encode_corpus")):
+        parser.add_argument(
+            f"--{name}-prompt", metavar="TEXT", help=f"what {whose} puts before a text, if the checkpoint doesn't say"
+        )
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="texts for int8, one a line")
     parser.add_argument(
         "--min-cosine", type=float, metavar="X", help="of any int8 vector to the original; spends fp32 linears on it"
@@ -84,6 +88,7 @@ def _export(options: argparse.Namespace) -> None:
     from export.pipeline import export_model  # slow to import, and --list has no need of it
 
     console = _console()
+    given = {"query": options.query_prompt, "passage": options.passage_prompt}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -99,6 +104,7 @@ def _export(options: argparse.Namespace) -> None:
             [name.strip() for name in options.variants.split(",") if name.strip()],
             revision=options.revision,
             pooling=options.pooling,
+            prompts={name: text for name, text in given.items() if text is not None},
             calibration=options.calibration,
             min_cosine=options.min_cosine,
             allow_pickle=options.allow_pickle,

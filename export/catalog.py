@@ -4,7 +4,9 @@ import dataclasses
 import difflib
 import functools
 import json
+import logging
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -13,6 +15,10 @@ import yaml
 
 from export.errors import ExportError
 from runtime.manifest import Kind, Output, Pooling
+
+logger = logging.getLogger(__name__)
+
+NO_PROMPTS: Mapping[str, str] = types.MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +36,7 @@ class ModelSpec:
         max_length: Tokens, special ones included.
         prompts: Text before a ``query`` or a ``passage``.
         package: An importable package that carries the weights.
-        outputs: What its graph gives, which the checkpoint says.
+        outputs: What its graph gives, which the checkpoint says; in ``models.yaml``, where it must be more than one.
     """
 
     name: str
@@ -71,6 +77,9 @@ def load_catalog() -> dict[str, ModelSpec]:
     here = Path(__file__).parent
     path = next(p for p in (here / "models.yaml", here.parent / "models.yaml") if p.exists())
     rows = yaml.safe_load(path.read_text("utf-8"))
+    for row in rows.values():
+        if "outputs" in row:
+            row["outputs"] = tuple(row["outputs"])
     return {name: ModelSpec(name=name, **row) for name, row in rows.items() if not name.startswith(".")}
 
 
@@ -90,7 +99,9 @@ def suggest(model: str) -> str:
     return f"did you mean {' or '.join(near)}? " if near else ""
 
 
-def describe_checkpoint(spec: ModelSpec, folder: Path, pooling: Pooling | None) -> ModelSpec:
+def describe_checkpoint(
+    spec: ModelSpec, folder: Path, pooling: Pooling | None = None, prompts: Mapping[str, str] = NO_PROMPTS
+) -> ModelSpec:
     """Complete a model's spec with what its checkpoint says; the checkpoint wins over ``models.yaml``.
 
     Reads ``config.json`` and sentence-transformers' ``modules.json``, ``1_Pooling/config.json``,
@@ -100,9 +111,11 @@ def describe_checkpoint(spec: ModelSpec, folder: Path, pooling: Pooling | None) 
         spec: The catalog's row, or a bare name.
         folder: The checkpoint.
         pooling: The user's word, which wins over both.
+        prompts: Of a ``query`` or a ``passage``; likewise, each by itself.
 
     Raises:
-        ExportError: A file isn't valid JSON, a module can't be expressed, or nothing names an embedder's pooling.
+        ExportError: A file isn't valid JSON, a module can't be expressed, nothing names an embedder's pooling, or a
+            user's word is for what the model hasn't.
     """
     config = read_json(folder / "config.json")
     modules = _modules(folder)
@@ -116,18 +129,36 @@ def describe_checkpoint(spec: ModelSpec, folder: Path, pooling: Pooling | None) 
             f"{config.path}: its auto_map names code of its own for the model ({custom!s:.60}), which is never run; if "
             "transformers' own class gives the same, export a local copy without the auto_map"
         )
+    if len(outputs) < len(spec.outputs):
+        heads = " or ".join(f"{head}.pt" for head in M3_HEADS)
+        raise ExportError(
+            f"{folder}: {spec.name} has more outputs than a dense one, but {heads} is missing; get it too"
+        )
     pools = "last_hidden_state" in outputs
+    if pooling and not pools:
+        raise ExportError(f"{folder}: gives {outputs[0]}, which nothing pools; leave out --pooling")
+    if prompts and kind == "reranker":
+        raise ExportError(f"{folder}: a reranker, which has no prompts; leave out --query-prompt and --passage-prompt")
     chosen = (pooling or _declared_pooling(folder, modules) or spec.pooling) if pools else None
     if pools and chosen is None:
         raise ExportError(
             f"{folder}: nothing says how this embedder pools (no 1_Pooling/config.json, no row in models.yaml), and a "
-            "guess would be silently wrong; pass --pooling cls, mean, last_token or max, as its model card says"
+            "guess would be silently wrong; pass --pooling cls, mean, last_token or max, as its model card says (and "
+            "--query-prompt, if it was trained with a query instruction)"
         )
     path = folder / "config_sentence_transformers.json"
-    given = Settings(path, read_json(path, {}).take("prompts", dict) or {})
+    settings = read_json(path, {})
+    given = Settings(path, settings.take("prompts", dict) or {})
     passage = next((key for key in PASSAGES if key in given), None)
     names = {key: "passage" if key in PASSAGES else key for key in given if key == passage or key not in PASSAGES}
-    prompts = {name: text for key, name in names.items() if (text := given.take(key, str))}
+    declared = {name: text for key, name in names.items() if (text := given.take(key, str))}
+    if always := given.get(settings.take("default_prompt_name", str)):
+        logger.warning(
+            "%s: sentence-transformers' encode puts its default prompt %r before every text; encode_queries and "
+            "encode_corpus put the model's prompts here, encode none",
+            path,
+            always,
+        )
     return dataclasses.replace(
         spec,
         kind=kind,
@@ -137,7 +168,7 @@ def describe_checkpoint(spec: ModelSpec, folder: Path, pooling: Pooling | None) 
         dim=_dim(config, outputs),
         outputs=outputs,
         max_length=_max_length(spec, folder, config),
-        prompts=prompts or spec.prompts,
+        prompts={name: text for name, text in {**(declared or spec.prompts), **prompts}.items() if text},
     )
 
 
@@ -145,8 +176,11 @@ def _modules(folder: Path) -> dict[str, str]:
     """Class name → folder of sentence-transformers' modules, refusing those that would change the vectors."""
     path = folder / "modules.json"
     entries = [Settings(path, entry if isinstance(entry, dict) else {}) for entry in read_json(path, [])]
+    kinds = [entry.take("type", str, "without a type") for entry in entries]
     modules = {
-        entry.take("type", str, "without a type").rpartition(".")[2]: entry.take("path", str, "") for entry in entries
+        # A class of the checkpoint's own may have any name.
+        kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind: entry.take("path", str, "")
+        for kind, entry in zip(kinds, entries, strict=True)
     }
     if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize", "MLMTransformer", "SpladePooling"}:
         raise ExportError(
@@ -179,8 +213,11 @@ def _outputs(folder: Path, kind: Kind, modules: dict[str, str], config: "Setting
                 "exported yet; with its word embeddings the weights would be wrong"
             )
         return ("vocabulary_weights",)
-    if all((folder / f"{head}.pt").exists() for head in M3_HEADS):
-        return ("last_hidden_state", "token_weights", "token_vectors")
+    match [f"{head}.pt" for head in M3_HEADS if not (folder / f"{head}.pt").exists()]:
+        case []:
+            return ("last_hidden_state", "token_weights", "token_vectors")
+        case [missing]:
+            raise ExportError(f"{folder}: {missing} is missing beside BGE-M3's other head; add it, or remove both")
     return ("last_hidden_state",)
 
 

@@ -12,14 +12,14 @@ import re
 import shutil
 import string
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export.calibrate import calibration_pairs, calibration_texts, collect
 from export.card import model_card
-from export.catalog import read_json, sentence_config
+from export.catalog import NO_PROMPTS, read_json, sentence_config
 from export.errors import ExportError, first_line
 from export.families import Family, find_family, weight_finder
 from export.graph import Graph, load_graph
@@ -84,6 +84,7 @@ def export_model(
     *,
     revision: str | None = None,
     pooling: Pooling | None = None,
+    prompts: Mapping[str, str] = NO_PROMPTS,
     calibration: Path | None = None,
     min_cosine: float | None = None,
     allow_pickle: bool = False,
@@ -98,6 +99,7 @@ def export_model(
         variants: Any of ``fp32``, ``int8`` (for CPUs) and ``fp16`` (for CUDA).
         revision: A branch, tag or commit of the hub.
         pooling: How an embedder pools, where its checkpoint doesn't say or is wrong.
+        prompts: What goes before a ``query`` or a ``passage``, likewise; an empty one is none.
         calibration: A file with one text a line, for int8; the project's own set by default.
         min_cosine: The cosine to the original that the int8 vector of each verification text must reach; as few linears
             as that takes stay in fp32.
@@ -121,7 +123,7 @@ def export_model(
     if min_cosine is not None and not ("int8" in variants and 0 < min_cosine < 1):
         raise ExportError(f"a least cosine of {min_cosine} makes no sense; it is for int8, above 0 and below 1")
     progress("finding the checkpoint", 0.0)
-    checkpoint = resolve_source(model, revision=revision, pooling=pooling, allow_pickle=allow_pickle)
+    checkpoint = resolve_source(model, revision=revision, pooling=pooling, prompts=prompts, allow_pickle=allow_pickle)
     if min_cosine is not None and "last_hidden_state" not in checkpoint.spec.outputs:
         raise ExportError(f"{checkpoint.id}: gives no dense vectors that a least cosine could hold for")
     out = (out or Path("artifacts") / checkpoint.spec.name).absolute()

@@ -18,6 +18,7 @@ import safetensors
 
 from export.catalog import (
     M3_HEADS,
+    NO_PROMPTS,
     SENTENCE_CONFIGS,
     ModelSpec,
     Settings,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 METADATA = (
     "config.json",
+    "adapter_config.json",
     "*token*.json",
     "vocab.*",
     "merges.txt",
@@ -115,7 +117,12 @@ class Checkpoint:
 
 
 def resolve_source(
-    model: str, *, revision: str | None = None, pooling: Pooling | None = None, allow_pickle: bool = False
+    model: str,
+    *,
+    revision: str | None = None,
+    pooling: Pooling | None = None,
+    prompts: Mapping[str, str] = NO_PROMPTS,
+    allow_pickle: bool = False,
 ) -> Checkpoint:
     """Find a checkpoint and bring it to this machine's disk.
 
@@ -123,6 +130,7 @@ def resolve_source(
         model: A short name of ``models.yaml``, a local folder, or a hub id, tried in this order.
         revision: A branch, tag or commit of the hub; always asks the hub.
         pooling: Overrides what the checkpoint and the catalog say.
+        prompts: Those of a ``query`` or a ``passage`` do, too; an empty one is none.
         allow_pickle: Accept ``pytorch_model.bin`` where there are no safetensors.
 
     Raises:
@@ -155,10 +163,15 @@ def resolve_source(
             f"{model}: neither a short name of models.yaml nor a folder nor a hub id; {suggest(model)}"
             "run python -m export --list for all names"
         )
+    if (folder / "adapter_config.json").exists():  # which transformers, without peft, leaves out in silence
+        raise ExportError(
+            f"{source_id}: a LoRA adapter, whose base model has the weights; merge them with peft's merge_and_unload, "
+            "save the result, and export that folder"
+        )
     if not (folder / "config.json").is_file():
         raise ExportError(f"{source_id}: no config.json in {folder}; is this a transformers checkpoint?")
     checkpoint = Checkpoint(
-        spec=describe_checkpoint(spec, folder, pooling),
+        spec=describe_checkpoint(spec, folder, pooling, prompts),
         folder=folder,
         origin=origin,  # type: ignore[arg-type]
         id=source_id,
@@ -178,11 +191,18 @@ def load_tokenizer(checkpoint: Checkpoint) -> "transformers.PreTrainedTokenizerF
     import transformers  # slow to import
 
     folder = checkpoint.folder
-    named = read_json(folder / "tokenizer_config.json", {}).get("tokenizer_class")
+    settings = read_json(folder / "tokenizer_config.json", {})
+    # transformers 5 lists them, which 4 can't read; tokenizer.json has them all the same.
+    changed: dict[str, Any] = {}
+    if isinstance(settings.get("extra_special_tokens"), list):
+        changed = {"extra_special_tokens": {}}
+    named = settings.get("tokenizer_class")
     if named == "TokenizersBackend" and (folder / "tokenizer.json").exists():  # as transformers 5 calls the class
-        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens={})
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, **changed)
     else:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, use_fast=True, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, use_fast=True, trust_remote_code=False, **changed
+        )
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
@@ -222,6 +242,11 @@ def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
         raise ExportError(
             f"{hub_id}: the hub can't be reached and the model is not in its cache ({type(error).__name__}); check the "
             "network, HF_ENDPOINT and HF_HUB_OFFLINE, or download the model elsewhere and pass its folder"
+        ) from None
+    except RuntimeError as error:  # hf_xet's, of its own storage servers
+        raise ExportError(
+            f"{hub_id}: can't be downloaded ({first_line(error)}); set HF_HUB_DISABLE_XET=1, or download the model "
+            "elsewhere and pass its folder"
         ) from None
     except errors.HFValidationError as error:
         raise ExportError(f"{hub_id}: not a valid hub id ({error})") from None

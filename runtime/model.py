@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS_PER_RUN = 2048
 """Bounds memory: on a CPU one run never holds more tokens, unless a single text does. More are no faster."""
 ENOUGH_TOKENS = 2048
-"""After as many that could have run side by side, a session for that is worth its memory, and opened."""
+"""With as many that can run side by side, a session for that is worth its memory, and opened."""
 TOKENS_PER_THREAD = 512
 """The most that a run on a CPU has for each of its threads: what more of them hold between two operators leaves the
 core's cache."""
@@ -102,7 +102,7 @@ class _Opened:
         lanes: On GPUs, what all calls of more than one run share.
         narrow: Gives each run one thread; None until it is needed, and where it can't be had.
         tried: Whether opening ``narrow`` was tried.
-        apart: Tokens of runs that could have been side by side, of all calls.
+        apart: Tokens of runs that could have been side by side, of all calls; it may miss some of calls at once.
         small: The calls of few tokens that are running.
         crowded: Until when (``time.perf_counter``) they count as too many for runs on all threads.
         gate: What runs go through.
@@ -315,6 +315,7 @@ class Model:
                     self._hook("tokens", total)
                     yield from runs
         finally:
+            self._note_crowd(opened)
             opened.small.discard(call)
 
     def _cpu_plans(
@@ -330,10 +331,8 @@ class Model:
         if total > TOKENS_PER_THREAD:
             opened.small.discard(call)
         # A run on all threads would wait at each operator for those of the other calls.
-        now = time.perf_counter()
-        if len(opened.small) >= self._threads:
-            opened.crowded = now + CROWDED
-        crowded = call in opened.small and now < opened.crowded
+        self._note_crowd(opened)
+        crowded = call in opened.small and time.perf_counter() < opened.crowded
         most_on_all = min(most, TOKENS_PER_THREAD * self._threads)
         on_all, on_one = plan_threads(lengths, most_on_all, self._threads)
         opened.apart += sum(int(lengths[places].sum()) for places in on_one)
@@ -345,6 +344,11 @@ class Model:
             yield Lanes((narrow,) * self._threads), _parts(texts, on_one)
         else:
             yield Lanes(opened.sessions), _parts(texts, plan_batches(lengths, most_on_all))
+
+    def _note_crowd(self, opened: _Opened) -> None:
+        """Note when there are as many small calls as threads."""
+        if len(opened.small) >= self._threads:
+            opened.crowded = time.perf_counter() + CROWDED
 
     def _gpu_plan(self, opened: _Opened, batches: Iterable[Batch]) -> tuple[Lanes, Iterable[Batch]]:
         """The batches, packed when they are due, and the lanes that take them.

@@ -66,14 +66,14 @@ def usable_cpus() -> int:
     return max(1, min([cpus, *_quotas()]))
 
 
-def _places(threads: int) -> str:
-    """A CPU for each thread of a session but the caller's, if together they may use all; ``1`` is the first.
+def _affinities(threads: int) -> str:
+    """CPUs of a session's threads, but of the first, which is the caller's: as ONNX Runtime takes them, from 1 up.
 
-    Linux often wakes a thread on the very CPU of its waker, which then waits for it in vain. Of fewer threads than CPUs
-    nobody knows which are free.
+    Each has its own if together they may use all. Otherwise there is nothing to take, since nobody knows which are
+    free. Linux often wakes a thread on the CPU of the thread that wakes it, and that one spins until it is done.
     """
-    affinity = getattr(os, "sched_getaffinity", None)
-    cpus = sorted(affinity(0)) if affinity else []
+    allowed = getattr(os, "sched_getaffinity", None)
+    cpus = sorted(allowed(0)) if allowed else []
     return ";".join(str(cpu + 1) for cpu in cpus[1:]) if len(cpus) == threads else ""
 
 
@@ -328,12 +328,12 @@ def create_session(path: Path, device: str, threads: int) -> Session:
     options.intra_op_num_threads = threads
     # By default threads spin on for long after a run: a trickle of queries then costs five times its work.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
-    if places := _places(threads):
-        options.add_session_config_entry("session.intra_op_thread_affinities", places)
     # It plans memory for each shape that comes, and lengths are many: 40 MB more for MiniLM, and no speed.
     options.enable_mem_pattern = False
     options.log_severity_level = 3
     kind, _, number = device.partition(":")
+    if kind == "cpu" and (affinities := _affinities(threads)):
+        options.add_session_config_entry("session.intra_op_thread_affinities", affinities)
     slower = ["SkipLayerNormFusion"] if kind == "cpu" else []  # by several times, on a CPU
     providers: list[Any] = [PROVIDERS["cpu"]]
     missing = ""

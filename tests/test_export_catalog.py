@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.catalog import ModelSpec, describe_checkpoint, find_model, load_catalog, suggest
+from export.catalog import NO_PROMPTS, ModelSpec, describe_checkpoint, find_model, load_catalog, suggest
 from export.errors import ExportError
 
 CATALOG = load_catalog()
@@ -99,12 +99,12 @@ def test_a_name_far_from_all_gets_no_suggestion():
 def describe(tmp_path):
     """A function that writes a checkpoint's JSON files and describes it."""
 
-    def describe_(files: dict | None = None, pooling=None, config: dict | None = None, **spec):
+    def describe_(files: dict | None = None, pooling=None, config: dict | None = None, given=NO_PROMPTS, **spec):
         config = {"model_type": "bert", "hidden_size": 32, "max_position_embeddings": 512} | (config or {})
         for name, content in {"config.json": config, **(files or {})}.items():
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
-        return describe_checkpoint(ModelSpec(**({"name": "m", "pooling": "mean"} | spec)), tmp_path, pooling)
+        return describe_checkpoint(ModelSpec(**({"name": "m", "pooling": "mean"} | spec)), tmp_path, pooling, given)
 
     return describe_
 
@@ -200,6 +200,12 @@ def test_a_module_that_would_change_the_vectors_is_an_error(describe, name):
         describe({"modules.json": modules("Transformer", "Pooling", name)})
 
 
+@pytest.mark.parametrize("kind", ["custom_st.Transformer", "sentence_transformersx.Normalize"])
+def test_a_module_of_the_checkpoints_own_is_an_error_whatever_its_name(describe, kind):
+    with pytest.raises(ExportError, match=f"module {kind} can't be exported"):
+        describe({"modules.json": [*modules("Transformer"), {"type": kind, "path": ""}]})
+
+
 def test_the_pooling_folder_is_the_one_that_modules_json_names(describe):
     listed = modules("Transformer", "Other", "Pooling")
     del listed[1]
@@ -225,6 +231,44 @@ def test_a_passages_prompt_is_the_one_that_sentence_transformers_takes(describe,
     found = describe({"config_sentence_transformers.json": {"prompts": prompts}}).prompts
     assert found.get("passage") == passage
     assert found.keys() <= {"query", "passage"}
+
+
+def test_the_users_prompts_win_each_by_itself_and_an_empty_one_is_none(describe, tmp_path):
+    describe({"config_sentence_transformers.json": {"prompts": {"query": "q: ", "document": "d: "}}})
+
+    def prompts(**given):
+        return describe_checkpoint(ModelSpec(name="m", pooling="cls"), tmp_path, prompts=given).prompts
+
+    assert prompts(query="find: ") == {"query": "find: ", "passage": "d: "}
+    assert prompts(passage="") == {"query": "q: "}
+    assert prompts() == {"query": "q: ", "passage": "d: "}
+
+
+def test_pooling_and_prompts_are_not_for_a_model_that_has_none(describe):
+    config = {"architectures": ["BertForSequenceClassification"], "num_labels": 1}
+    with pytest.raises(ExportError, match="logits, which nothing pools; leave out --pooling"):
+        describe(pooling="cls", config=config)
+    with pytest.raises(ExportError, match="a reranker, which has no prompts; leave out --query-prompt"):
+        describe(given={"query": "find: "}, config=config)
+
+
+def test_a_prompt_that_sentence_transformers_always_puts_is_said_to_be_left_out(describe, caplog):
+    prompts = {"query": "q: ", "document": "", "retrieval": "r: "}
+    for name, said in ((None, False), ("document", False), ("missing", False), ("retrieval", True)):
+        caplog.clear()
+        describe({"config_sentence_transformers.json": {"prompts": prompts, "default_prompt_name": name}})
+        assert ("default prompt 'r: '" in caplog.text) == said
+
+
+def test_half_of_m3s_heads_or_none_where_the_catalog_knows_of_them_is_an_error(describe, tmp_path):
+    three = find_model("bge-m3").outputs
+    with pytest.raises(ExportError, match=r"m has more outputs than a dense one, but sparse_linear.pt or colbert_"):
+        describe(outputs=three)
+    (tmp_path / "sparse_linear.pt").touch()
+    with pytest.raises(ExportError, match=r"colbert_linear.pt is missing beside BGE-M3's other head"):
+        describe()
+    (tmp_path / "colbert_linear.pt").touch()
+    assert describe(outputs=three).outputs == three
 
 
 @pytest.mark.parametrize("name", ["roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet"])

@@ -72,11 +72,15 @@ def test_an_export_prints_figures_paths_and_how_to_use_it(cli, tiny_checkpoint, 
 
 def test_paths_below_the_working_folder_are_printed_short(cli, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, printed, _ = cli("--model", tiny_checkpoint, "--variants", " fp32 ,", "--pooling", "cls")
+    prompts = ("--query-prompt", "find: ", "--passage-prompt", "")
+    code, printed, _ = cli("--model", tiny_checkpoint, "--variants", " fp32 ,", "--pooling", "cls", *prompts)
     assert code == 0
     assert 'Embedder("artifacts/tiny-bert")' in printed
     assert " artifacts/tiny-bert/model.fp32.onnx" in printed
-    assert Embedder("artifacts/tiny-bert").manifest.pooling == "cls"
+    assert "\nquery prompt: find: \n" in printed
+    embedder = Embedder("artifacts/tiny-bert")
+    assert (embedder.manifest.pooling, embedder.manifest.prompts) == ("cls", {"query": "find: "})
+    assert (embedder.encode_queries("a river") == embedder.encode("find: a river")).all()
 
 
 def test_force_replaces_what_is_there(cli, tiny_checkpoint, tiny_artifact, copied):
@@ -252,6 +256,8 @@ def test_help_names_each_option(capsys):
             "--variants",
             "--revision",
             "--pooling",
+            "--query-prompt",
+            "--passage-prompt",
             "--calibration",
             "--min-cosine",
         ),

@@ -359,12 +359,14 @@ def test_a_checkpoint_without_tokenizer_is_a_clean_error(tiny_checkpoint, copied
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_saved_by_transformers_5_is_read(tiny_checkpoint, tiny_artifact, copied, tmp_path):
+@pytest.mark.parametrize("name", ["TokenizersBackend", "BertTokenizer", "BertTokenizerFast"])
+def test_a_tokenizer_saved_by_transformers_5_is_read(name, tiny_checkpoint, tiny_artifact, copied, tmp_path):
     settings = copied(tiny_checkpoint) / "tokenizer_config.json"
-    new = {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["[MASK]"]}
+    new = {"tokenizer_class": name, "extra_special_tokens": ["[MASK]"]}
     settings.write_text(json.dumps(json.loads(settings.read_text()) | new))
     artifact = export_model(str(settings.parent), tmp_path / "out", ["fp32"])
-    assert (artifact.path / "model.fp32.onnx").read_bytes() == (tiny_artifact / "model.fp32.onnx").read_bytes()
+    for file in ("model.fp32.onnx", "tokenizer.json"):
+        assert (artifact.path / file).read_bytes() == (tiny_artifact / file).read_bytes()
 
 
 def test_a_tokenizer_that_cuts_on_the_left_is_refused(tiny_checkpoint, copied, tmp_path):

@@ -257,6 +257,26 @@ def test_a_disk_that_cant_take_a_download_is_not_called_the_network(monkeypatch,
         resolve_source("org/tiny")
 
 
+def test_an_adapter_is_an_error_that_says_how_to_merge_it(tiny_checkpoint, copied):
+    """With weights beside it, too: transformers without peft would leave the adapter out."""
+    folder = copied(tiny_checkpoint)
+    (folder / "adapter_config.json").write_text("{}")
+    for file in (None, "model.safetensors", "config.json"):
+        if file:
+            (folder / file).unlink()
+        with pytest.raises(ExportError, match="a LoRA adapter.*merge_and_unload"):
+            resolve_source(str(folder))
+
+
+def test_a_failure_of_the_hubs_storage_is_one_line_with_a_cure(monkeypatch):
+    def snapshot_download(*arguments, **options):
+        raise RuntimeError("Data processing error: CAS service error")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(ExportError, match=r"^org/tiny: can't be downloaded \(.*CAS.*\); set HF_HUB_DISABLE_XET=1"):
+        resolve_source("org/tiny")
+
+
 def test_a_hub_model_with_only_a_pickle_is_not_downloaded_but_explained(resolve, pickled):
     with serve_hub({"org/pickled": pickled}) as server:
         code, _, error = resolve("org/pickled", HF_ENDPOINT=server.endpoint)

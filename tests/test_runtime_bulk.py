@@ -127,24 +127,40 @@ def test_as_many_small_calls_as_threads_run_on_one_each_with_the_same_bits(tiny_
     assert not embedder._opened.small
 
 
-def test_for_a_moment_after_a_crowd_a_call_still_takes_one_thread(tiny_artifact, monkeypatch):
+def test_after_a_crowd_calls_take_one_thread_for_a_moment_but_bulk_work_takes_all(tiny_artifact, monkeypatch):
     monkeypatch.setattr("runtime.model.CROWDED", 60)
     embedder, taken = Embedder(tiny_artifact, "int8", "cpu", 2), []
     run = embedder._run_batch
 
     def watched(outputs, gate, session, batch):
-        taken.append(session is embedder._opened.narrow)
+        taken.append((session is embedder._opened.narrow, threading.get_ident() == here))
         return run(outputs, gate, session, batch)
 
-    embedder._run_batch = watched
+    here, embedder._run_batch = threading.get_ident(), watched
     embedder.encode(TEXTS[5])
     embedder._opened.small.add("another call")
     embedder.encode(TEXTS[5])
     embedder._opened.small.clear()
     embedder.encode(TEXTS[5])
+    assert taken == [(False, True), (True, True), (True, True)]
+    embedder.encode(TEXTS)
+    assert set(taken[3:]) == {(True, False)}
     embedder._opened.crowded -= 60
     embedder.encode(TEXTS[5])
-    assert taken == [False, True, True, False]
+    assert taken[-1] == (False, True)
+
+
+def test_a_crowd_lasts_as_long_as_its_calls(tiny_artifact, monkeypatch):
+    monkeypatch.setattr("runtime.model.CROWDED", 60)
+    embedder = Embedder(tiny_artifact, "int8", "cpu", 2)
+
+    def slow(metric, value):
+        if metric == "run_seconds":
+            embedder._opened.small.add("another call")
+
+    embedder._hook = slow
+    embedder.encode(TEXTS[5])
+    assert embedder._opened.crowded > time.perf_counter()
 
 
 def test_bulk_work_doesnt_crowd_a_query(tiny_artifact):

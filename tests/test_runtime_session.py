@@ -251,20 +251,26 @@ print(least)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or usable_cpus() < 2, reason="takes Linux and two CPUs")
-@pytest.mark.parametrize("fewer", [0, 1])
-def test_a_sessions_threads_have_a_cpu_each_if_they_may_use_all(tiny_artifact, fewer):
+@pytest.mark.parametrize("more", [0, 1, -1])
+def test_a_sessions_threads_have_a_cpu_each_if_they_may_use_all(tiny_artifact, more):
     code = """
-import os, sys
+import os, sys, time
 from runtime import Embedder
 
 before = set(os.listdir("/proc/self/task"))
 cpus = os.sched_getaffinity(0)
-embedder = Embedder(sys.argv[1], device="cpu", threads=len(cpus) - int(sys.argv[2]))
+embedder = Embedder(sys.argv[1], device="cpu", threads=len(cpus) + int(sys.argv[2]))
 assert os.sched_getaffinity(0) == cpus
-started = set(os.listdir("/proc/self/task")) - before
-print(*sorted(min(own) for task in started if len(own := os.sched_getaffinity(int(task))) == 1))
+started, own, expected = set(os.listdir("/proc/self/task")) - before, [], eval(sys.argv[3])
+for _ in range(100):  # they see to it themselves
+    own = [os.sched_getaffinity(int(task)) for task in started]
+    own = sorted(cpu for allowed in own if len(allowed) == 1 for cpu in allowed)
+    if own == expected and expected:
+        break
+    time.sleep(0.05 if expected else 0.002)
+assert own == expected, own
 """
-    command = [sys.executable, "-c", code, tiny_artifact, str(fewer)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert not done.stderr
-    assert [int(cpu) for cpu in done.stdout.split()] == ([] if fewer else sorted(os.sched_getaffinity(0))[1:])
+    expected = [] if more else sorted(os.sched_getaffinity(0))[1:]
+    command = [sys.executable, "-c", code, tiny_artifact, str(more), str(expected)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, "affinit" in done.stderr) == (0, False), done.stderr
