@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pooling", choices=POOLINGS, help="for a checkpoint that doesn't say how it pools")
     for name, whose in (("query", "encode_queries"), ("passage", "encode_corpus")):
         parser.add_argument(
-            f"--{name}-prompt", metavar="TEXT", help=f"what {whose} puts before a text, if the checkpoint doesn't say"
+            f"--{name}-prompt", metavar="TEXT", help=f"what {whose} puts before a text, whatever the checkpoint says"
         )
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="texts for int8, one a line")
     parser.add_argument(
@@ -122,7 +122,8 @@ def _export(options: argparse.Namespace) -> None:
         table.add_row(name, size, *parities[name].values(), f"{path}/{variant.file}")
     console.print(f"{manifest.name}: {summary(manifest)}")
     if manifest.kind == "embedder":
-        console.print(f"query prompt: {manifest.prompts.get('query', 'none')}", markup=False)
+        for name in ("query", "passage"):
+            console.print(f"{name} prompt: {manifest.prompts.get(name, 'none')}", markup=False)
     console.print(table)
     console.print(f"\n{usage(manifest, str(path))}", markup=False)
 

@@ -114,8 +114,8 @@ def describe_checkpoint(
         prompts: Of a ``query`` or a ``passage``; likewise, each by itself.
 
     Raises:
-        ExportError: A file isn't valid JSON, a module can't be expressed, nothing names an embedder's pooling, or a
-            user's word is for what the model hasn't.
+        ExportError: A file isn't valid JSON or is missing, a module can't be expressed, the checkpoint brings code of
+            its own, nothing names an embedder's pooling, or a user's word is for what the model hasn't.
     """
     config = read_json(folder / "config.json")
     modules = _modules(folder)
@@ -130,9 +130,9 @@ def describe_checkpoint(
             "transformers' own class gives the same, export a local copy without the auto_map"
         )
     if len(outputs) < len(spec.outputs):
-        heads = " or ".join(f"{head}.pt" for head in M3_HEADS)
+        heads = " and ".join(f"{head}.pt" for head in M3_HEADS)
         raise ExportError(
-            f"{folder}: {spec.name} has more outputs than a dense one, but {heads} is missing; get it too"
+            f"{folder}: {spec.name} gives more than dense vectors, but {heads} are missing; download them to its folder"
         )
     pools = "last_hidden_state" in outputs
     if pooling and not pools:
@@ -152,10 +152,16 @@ def describe_checkpoint(
     passage = next((key for key in PASSAGES if key in given), None)
     names = {key: "passage" if key in PASSAGES else key for key in given if key == passage or key not in PASSAGES}
     declared = {name: text for key, name in names.items() if (text := given.take(key, str))}
-    if always := given.get(settings.take("default_prompt_name", str)):
+    always = given.get(settings.take("default_prompt_name", str))
+    if always and kind == "reranker":
+        raise ExportError(
+            f"{path}: its default_prompt_name puts {always!r:.60} into every pair, which can't be exported yet; "
+            "without it the scores would be wrong"
+        )
+    if always and len(prompts) < 2:
         logger.warning(
-            "%s: sentence-transformers' encode puts its default prompt %r before every text; encode_queries and "
-            "encode_corpus put the model's prompts here, encode none",
+            "%s: sentence-transformers' encode puts its default prompt %r before every text, ours none; encode_queries "
+            "and encode_corpus put prompts, which --query-prompt and --passage-prompt set",
             path,
             always,
         )
@@ -194,7 +200,8 @@ def _outputs(folder: Path, kind: Kind, modules: dict[str, str], config: "Setting
     """What the graph of a checkpoint gives.
 
     Raises:
-        ExportError: A reranker with several labels, or a SPLADE that pools as none of ours does.
+        ExportError: A reranker with several labels, a SPLADE that pools as none of ours does, or one of BGE-M3's heads
+            without the other.
     """
     if kind == "reranker":
         names = config.take("id2label", dict)
@@ -213,11 +220,13 @@ def _outputs(folder: Path, kind: Kind, modules: dict[str, str], config: "Setting
                 "exported yet; with its word embeddings the weights would be wrong"
             )
         return ("vocabulary_weights",)
-    match [f"{head}.pt" for head in M3_HEADS if not (folder / f"{head}.pt").exists()]:
-        case []:
+    heads = [folder / f"{head}.pt" for head in M3_HEADS]
+    match [head.name for head in heads if head.exists()]:
+        case [_, _]:
             return ("last_hidden_state", "token_weights", "token_vectors")
-        case [missing]:
-            raise ExportError(f"{folder}: {missing} is missing beside BGE-M3's other head; add it, or remove both")
+        case [one]:
+            other = next(head.name for head in heads if head.name != one)
+            raise ExportError(f"{folder}: has {one} but not {other}; add that, or remove {one} from a local copy")
     return ("last_hidden_state",)
 
 

@@ -120,6 +120,8 @@ def export_model(
         raise ExportError(
             f"{calibration}: calibrates int8, which isn't asked for; leave out --calibration, or add int8 to --variants"
         )
+    if unknown := sorted(prompts.keys() - {"query", "passage"}):
+        raise ExportError(f"prompt {unknown[0]!r} is unknown; it is 'query' or 'passage'")
     if min_cosine is not None and not ("int8" in variants and 0 < min_cosine < 1):
         raise ExportError(f"a least cosine of {min_cosine} makes no sense; it is for int8, above 0 and below 1")
     progress("finding the checkpoint", 0.0)

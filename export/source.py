@@ -165,8 +165,9 @@ def resolve_source(
         )
     if (folder / "adapter_config.json").exists():  # which transformers, without peft, leaves out in silence
         raise ExportError(
-            f"{source_id}: a LoRA adapter, whose base model has the weights; merge them with peft's merge_and_unload, "
-            "save the result, and export that folder"
+            f"{source_id}: adapter_config.json makes it a LoRA (or other) adapter; merge it into its base model with "
+            "peft's merge_and_unload, save that with its tokenizer, and export the folder; if it is merged, delete the "
+            "file"
         )
     if not (folder / "config.json").is_file():
         raise ExportError(f"{source_id}: no config.json in {folder}; is this a transformers checkpoint?")
@@ -192,12 +193,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> "transformers.PreTrainedTokenizerF
 
     folder = checkpoint.folder
     settings = read_json(folder / "tokenizer_config.json", {})
-    # transformers 5 lists them, which 4 can't read; tokenizer.json has them all the same.
+    whole = (folder / "tokenizer.json").exists()
     changed: dict[str, Any] = {}
-    if isinstance(settings.get("extra_special_tokens"), list):
-        changed = {"extra_special_tokens": {}}
-    named = settings.get("tokenizer_class")
-    if named == "TokenizersBackend" and (folder / "tokenizer.json").exists():  # as transformers 5 calls the class
+    if whole and isinstance(settings.get("extra_special_tokens"), list):
+        changed = {"extra_special_tokens": {}}  # transformers 5 lists them, which 4 can't read; tokenizer.json has them
+    if whole and settings.get("tokenizer_class") == "TokenizersBackend":  # as transformers 5 calls the class
         tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, **changed)
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -243,7 +243,12 @@ def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
             f"{hub_id}: the hub can't be reached and the model is not in its cache ({type(error).__name__}); check the "
             "network, HF_ENDPOINT and HF_HUB_OFFLINE, or download the model elsewhere and pass its folder"
         ) from None
-    except RuntimeError as error:  # hf_xet's, of its own storage servers
+    except RuntimeError as error:  # hf_xet's, of its own storage servers, or of the disk
+        if "os error" in str(error):
+            raise ExportError(
+                f"{hub_id}: can't be downloaded to {constants.HF_HUB_CACHE} ({first_line(error)}); free some space, or "
+                "set HF_HOME to another place"
+            ) from None
         raise ExportError(
             f"{hub_id}: can't be downloaded ({first_line(error)}); set HF_HUB_DISABLE_XET=1, or download the model "
             "elsewhere and pass its folder"

@@ -315,7 +315,7 @@ class Model:
                     self._hook("tokens", total)
                     yield from runs
         finally:
-            self._note_crowd(opened)
+            self._note_crowd(opened)  # that it lasted until now
             opened.small.discard(call)
 
     def _cpu_plans(

@@ -258,14 +258,19 @@ def test_a_prompt_that_sentence_transformers_always_puts_is_said_to_be_left_out(
         caplog.clear()
         describe({"config_sentence_transformers.json": {"prompts": prompts, "default_prompt_name": name}})
         assert ("default prompt 'r: '" in caplog.text) == said
+    caplog.clear()
+    describe(given={"query": "q: ", "passage": ""})
+    assert not caplog.text
+    with pytest.raises(ExportError, match="default_prompt_name puts 'r: ' into every pair"):
+        describe(config={"architectures": ["BertForSequenceClassification"], "num_labels": 1})
 
 
 def test_half_of_m3s_heads_or_none_where_the_catalog_knows_of_them_is_an_error(describe, tmp_path):
     three = find_model("bge-m3").outputs
-    with pytest.raises(ExportError, match=r"m has more outputs than a dense one, but sparse_linear.pt or colbert_"):
+    with pytest.raises(ExportError, match="m gives more than dense vectors, but sparse_linear.pt and colb"):
         describe(outputs=three)
     (tmp_path / "sparse_linear.pt").touch()
-    with pytest.raises(ExportError, match=r"colbert_linear.pt is missing beside BGE-M3's other head"):
+    with pytest.raises(ExportError, match=r"has sparse_linear.pt but not colbert_linear.pt; add that"):
         describe()
     (tmp_path / "colbert_linear.pt").touch()
     assert describe(outputs=three).outputs == three

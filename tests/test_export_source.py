@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -264,16 +265,23 @@ def test_an_adapter_is_an_error_that_says_how_to_merge_it(tiny_checkpoint, copie
     for file in (None, "model.safetensors", "config.json"):
         if file:
             (folder / file).unlink()
-        with pytest.raises(ExportError, match="a LoRA adapter.*merge_and_unload"):
+        with pytest.raises(ExportError, match=r"makes it a LoRA \(or other\) adapter.*merge_and_unload"):
             resolve_source(str(folder))
 
 
-def test_a_failure_of_the_hubs_storage_is_one_line_with_a_cure(monkeypatch):
+@pytest.mark.parametrize(
+    ("said", "cure"),
+    [
+        ("Data processing error: CAS service error", "set HF_HUB_DISABLE_XET=1"),
+        ("Data processing error: No space left on device (os error 28)", "free some space"),
+    ],
+)
+def test_a_failure_of_hf_xet_is_one_line_with_a_cure(monkeypatch, said, cure):
     def snapshot_download(*arguments, **options):
-        raise RuntimeError("Data processing error: CAS service error")
+        raise RuntimeError(said)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(ExportError, match=r"^org/tiny: can't be downloaded \(.*CAS.*\); set HF_HUB_DISABLE_XET=1"):
+    with pytest.raises(ExportError, match=rf"^org/tiny: can't be downloaded .*\({re.escape(said)}\); {cure}"):
         resolve_source("org/tiny")
 
 
