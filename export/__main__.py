@@ -88,7 +88,7 @@ def _export(options: argparse.Namespace) -> None:
     from export.pipeline import export_model  # slow to import, and --list has no need of it
 
     console = _console()
-    given = {"query": options.query_prompt, "passage": options.passage_prompt}
+    prompts = {"query": options.query_prompt, "passage": options.passage_prompt}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -104,7 +104,7 @@ def _export(options: argparse.Namespace) -> None:
             [name.strip() for name in options.variants.split(",") if name.strip()],
             revision=options.revision,
             pooling=options.pooling,
-            prompts={name: text for name, text in given.items() if text is not None},
+            prompts={name: text for name, text in prompts.items() if text is not None},
             calibration=options.calibration,
             min_cosine=options.min_cosine,
             allow_pickle=options.allow_pickle,

@@ -146,25 +146,7 @@ def describe_checkpoint(
             "guess would be silently wrong; pass --pooling cls, mean, last_token or max, as its model card says (and "
             "--query-prompt, if it was trained with a query instruction)"
         )
-    path = folder / "config_sentence_transformers.json"
-    settings = read_json(path, {})
-    given = Settings(path, settings.take("prompts", dict) or {})
-    passage = next((key for key in PASSAGES if key in given), None)
-    names = {key: "passage" if key in PASSAGES else key for key in given if key == passage or key not in PASSAGES}
-    declared = {name: text for key, name in names.items() if (text := given.take(key, str))}
-    always = given.get(settings.take("default_prompt_name", str))
-    if always and kind == "reranker":
-        raise ExportError(
-            f"{path}: its default_prompt_name puts {always!r:.60} into every pair, which can't be exported yet; "
-            "without it the scores would be wrong"
-        )
-    if always and len(prompts) < 2:
-        logger.warning(
-            "%s: sentence-transformers' encode puts its default prompt %r before every text, ours none; encode_queries "
-            "and encode_corpus put prompts, which --query-prompt and --passage-prompt set",
-            path,
-            always,
-        )
+    declared = _declared_prompts(folder, kind, prompts)
     return dataclasses.replace(
         spec,
         kind=kind,
@@ -178,16 +160,44 @@ def describe_checkpoint(
     )
 
 
+def _declared_prompts(folder: Path, kind: Kind, given: Mapping[str, str]) -> dict[str, str]:
+    """sentence-transformers' prompts under our names; a default one is warned of, unless both were ``given``.
+
+    Raises:
+        ExportError: A reranker puts one into every pair.
+    """
+    path = folder / "config_sentence_transformers.json"
+    settings = read_json(path, {})
+    prompts = Settings(path, settings.take("prompts", dict) or {})
+    passage = next((key for key in PASSAGES if key in prompts), None)
+    names = {key: "passage" if key in PASSAGES else key for key in prompts if key == passage or key not in PASSAGES}
+    declared = {name: text for key, name in names.items() if (text := prompts.take(key, str))}
+    always = prompts.get(settings.take("default_prompt_name", str))
+    if always and kind == "reranker":
+        raise ExportError(
+            f"{path}: its default_prompt_name puts {always!r:.60} into every pair, which can't be exported yet; "
+            "without it the scores would be wrong"
+        )
+    if always and len(given) < 2:
+        logger.warning(
+            "%s: sentence-transformers' encode puts its default prompt %r before every text, ours none; encode_queries "
+            "and encode_corpus put prompts, which --query-prompt and --passage-prompt set",
+            path,
+            always,
+        )
+    return declared
+
+
 def _modules(folder: Path) -> dict[str, str]:
     """Class name → folder of sentence-transformers' modules, refusing those that would change the vectors."""
     path = folder / "modules.json"
     entries = [Settings(path, entry if isinstance(entry, dict) else {}) for entry in read_json(path, [])]
-    kinds = [entry.take("type", str, "without a type") for entry in entries]
-    modules = {
-        # A class of the checkpoint's own may have any name.
-        kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind: entry.take("path", str, "")
-        for kind, entry in zip(kinds, entries, strict=True)
-    }
+    modules = {}
+    for entry in entries:
+        name = entry.take("type", str, "without a type")
+        if name.startswith("sentence_transformers."):  # a class of the checkpoint's own may end alike
+            name = name.rpartition(".")[2]
+        modules[name] = entry.take("path", str, "")
     if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize", "MLMTransformer", "SpladePooling"}:
         raise ExportError(
             f"{path}: the module {min(unknown)} can't be exported yet, only Transformer, Pooling "

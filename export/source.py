@@ -235,26 +235,27 @@ def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
         ) from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-            raise ExportError(
-                f"{hub_id}: can't be downloaded to {error.filename or constants.HF_HUB_CACHE} "
-                f"({os.strerror(error.errno).lower()}); free some space, or set HF_HOME to another place"
-            ) from None
+            place = error.filename or constants.HF_HUB_CACHE
+            raise _disk_error(hub_id, place, os.strerror(error.errno).lower()) from None
         raise ExportError(
             f"{hub_id}: the hub can't be reached and the model is not in its cache ({type(error).__name__}); check the "
             "network, HF_ENDPOINT and HF_HUB_OFFLINE, or download the model elsewhere and pass its folder"
         ) from None
     except RuntimeError as error:  # hf_xet's, of its own storage servers, or of the disk
         if "os error" in str(error):
-            raise ExportError(
-                f"{hub_id}: can't be downloaded to {constants.HF_HUB_CACHE} ({first_line(error)}); free some space, or "
-                "set HF_HOME to another place"
-            ) from None
+            raise _disk_error(hub_id, constants.HF_HUB_CACHE, first_line(error)) from None
         raise ExportError(
             f"{hub_id}: can't be downloaded ({first_line(error)}); set HF_HUB_DISABLE_XET=1, or download the model "
             "elsewhere and pass its folder"
         ) from None
     except errors.HFValidationError as error:
         raise ExportError(f"{hub_id}: not a valid hub id ({error})") from None
+
+
+def _disk_error(hub_id: str, place: str, cause: str) -> ExportError:
+    return ExportError(
+        f"{hub_id}: can't be downloaded to {place} ({cause}); free some space, or set HF_HOME to another place"
+    )
 
 
 def _open(path: Path) -> Mapping[str, Loader]:

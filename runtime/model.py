@@ -210,6 +210,11 @@ class Model:
         return self._devices != ("cpu",)
 
     @property
+    def _splits(self) -> bool:
+        """Whether runs may have a thread each: only int8's, which with two sessions has less than fp32's memory."""
+        return self.variant == "int8" and self._threads > 1
+
+    @property
     def _packing(self) -> Packing | None:
         return self.manifest.variants[self.variant].packing
 
@@ -269,12 +274,11 @@ class Model:
         return opened
 
     def _narrow_session(self, opened: _Opened, needed: bool) -> Session | None:
-        """The session with one thread a run, once it was needed.
+        """The session with one thread a run, once it was needed, if runs may have one.
 
-        Only int8 gets one: with two sessions it still has less than the memory of fp32 with one. It is of the very file
-        that was loaded, or there is none: a folder that has changed since changes nothing.
+        It is of the very file that was loaded, or there is none: a folder that has changed since changes nothing.
         """
-        if self.variant != "int8" or self._threads == 1:
+        if not self._splits:
             return None
         if needed and not opened.tried:
             opened.tried = True  # at once, so that other threads don't open it too; they go on without it meanwhile
@@ -334,16 +338,17 @@ class Model:
         self._note_crowd(opened)
         crowded = call in opened.small and time.perf_counter() < opened.crowded
         most_on_all = min(most, TOKENS_PER_THREAD * self._threads)
-        on_all, on_one = plan_threads(lengths, most_on_all, self._threads)
+        on_all, on_one = plan_threads(lengths, most_on_all, self._threads if self._splits else 1)
         opened.apart += sum(int(lengths[places].sum()) for places in on_one)
         narrow = self._narrow_session(opened, crowded or opened.apart > ENOUGH_TOKENS)
         if narrow and crowded:
             yield Lanes((narrow,)), _parts(texts, plan_batches(lengths, most))
-        elif narrow:
-            yield Lanes(opened.sessions), _parts(texts, on_all)
+            return
+        if on_one and not narrow:
+            on_all = plan_batches(lengths, most_on_all)
+        yield Lanes(opened.sessions), _parts(texts, on_all)
+        if narrow:
             yield Lanes((narrow,) * self._threads), _parts(texts, on_one)
-        else:
-            yield Lanes(opened.sessions), _parts(texts, plan_batches(lengths, most_on_all))
 
     def _note_crowd(self, opened: _Opened) -> None:
         """Note when there are as many small calls as threads."""
