@@ -21,7 +21,7 @@ def encoder(outputs=("last_hidden_state",), **changes) -> Graph:
         shape = tables.get(name) or ((50,) if name == "mlm.bias" else (HIDDEN,) * (1 + ("norm" not in name)))
         if name.endswith("bias") and name not in tables:
             shape = shape[:1]
-        return lambda: np.random.default_rng(sum(name.encode())).normal(size=shape).astype(np.float32)
+        return lambda: np.random.default_rng(sum(name.encode())).normal(scale=0.5, size=shape).astype(np.float32)
 
     return build_encoder(config, weight, outputs)
 

@@ -91,7 +91,7 @@ def test_a_reranker_has_the_logits_of_transformers(checkpoint, tmp_path, family)
 def test_a_reranker_whose_tokenizer_transformers_has_no_class_for_gets_its_special_tokens(
     checkpoint, tmp_path, family, types
 ):
-    folder = shutil.copytree(checkpoint(family, "ForSequenceClassification", 0.3, num_labels=1), tmp_path / "m")
+    folder = shutil.copytree(checkpoint(family, "ForSequenceClassification", num_labels=1), tmp_path / "m")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["model_input_names"] = ["input_ids", "attention_mask"] + ["token_type_ids"] * types
@@ -159,7 +159,7 @@ def test_with_cls_pooling_the_last_layer_makes_first_states_alone(checkpoint, tm
 
 @pytest.mark.parametrize(("family", "changes"), LAST_LAYERS)
 def test_so_it_does_in_int8_with_the_same_bits_in_any_batch(checkpoint, tmp_path, monkeypatch, family, changes):
-    fp32, _ = graph_of(checkpoint(family, spread=0.3), "cls", **changes)
+    fp32, _ = graph_of(checkpoint(family), "cls", **changes)
     draw = np.random.default_rng(0)
     texts = [(draw.integers(5, 900, 30).tolist(), [0] * 30) for _ in range(60)]
     inputs = dict.fromkeys(linear.input for linear in find_linears(fp32))
@@ -175,7 +175,8 @@ def test_so_it_does_in_int8_with_the_same_bits_in_any_batch(checkpoint, tmp_path
         np.testing.assert_array_equal(vectors, in_rows.run(None, {"input_ids": ids})[0])
         alone = [int8.run(None, {"input_ids": ids[i : i + 1]})[0][0] for i in range(count)]
         np.testing.assert_array_equal(vectors, alone)
-        assert cosines(vectors, fp32.run(None, {"input_ids": ids})[0]).min() > 0.97
+        if tokens > 1:  # calibration has seen no text of a single token
+            assert cosines(vectors, fp32.run(None, {"input_ids": ids})[0]).min() > 0.99
 
 
 def hidden_states(folder, ids, tmp_path, **changes):
@@ -221,7 +222,7 @@ def test_a_modernbert_of_another_shape_has_the_logits_of_transformers(checkpoint
 def test_modernberts_blocks_see_what_its_tokens_see(checkpoint, tmp_path, monkeypatch, block, tokens):
     monkeypatch.setattr("export.prenorm.BLOCK", block)
     ids = np.random.default_rng(tokens).integers(5, 1000, (3, tokens))
-    ours, theirs = hidden_states(checkpoint("modernbert", spread=0.3), ids, tmp_path)
+    ours, theirs = hidden_states(checkpoint("modernbert", spread=0.2), ids, tmp_path)
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     for i in range(3):
@@ -233,7 +234,7 @@ def test_modernberts_blocks_see_what_its_tokens_see(checkpoint, tmp_path, monkey
 )
 def test_a_mistaken_window_or_theta_would_be_seen(checkpoint, tmp_path, mistake):
     ids = np.random.default_rng(0).integers(5, 1000, (1, 64))
-    ours, theirs = hidden_states(checkpoint("modernbert", spread=0.3), ids, tmp_path, **mistake)
+    ours, theirs = hidden_states(checkpoint("modernbert", spread=0.2), ids, tmp_path, **mistake)
     assert np.abs(ours - theirs).max() > 1e-2
 
 
