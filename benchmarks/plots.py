@@ -88,17 +88,18 @@ def length(results: Iterable[Result]) -> Canvas | None:
 
 
 def latency(results: Iterable[Result]) -> Canvas | None:
-    """For each engine a line from the median to the 99th percentile, by the number of callers."""
-    panels: dict[int, list[Result]] = {}
+    """For each engine a line from the median to the 99th percentile, by the number of callers and the pause before."""
+    panels: dict[tuple[int, float], list[Result]] = {}
     for r in results:
         if r.benchmark == "latency":
-            panels.setdefault(r.settings["callers"], []).append(r)
+            panels.setdefault((r.settings["callers"], r.settings.get("pause ms", 0)), []).append(r)
     if not panels:
         return None
     canvas, axes = _axes(len(panels), 3)
     engines = list(dict.fromkeys(_engine(r) for held in panels.values() for r in held))
-    for axis, (callers, held) in zip(axes, sorted(panels.items()), strict=True):
-        axis.set(title=f"{callers} callers at once" if callers > 1 else "one caller", xscale="log")
+    for axis, ((callers, pause), held) in zip(axes, sorted(panels.items()), strict=True):
+        after = f", after {pause:.0f} ms" if pause else ""
+        axis.set(title=f"{callers} callers at once" if callers > 1 else f"one caller{after}", xscale="log")
         axis.set(xlabel="ms: p50, p95, p99", yticks=range(len(engines)), yticklabels=[])
         for r in held:
             times = [r.figures[name].median for name in ("p50 ms", "p95 ms", "p99 ms")]

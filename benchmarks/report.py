@@ -78,7 +78,8 @@ def _speed_bars() -> Iterator[Bar]:
             yield Bar(f"{texts}, times {other}", "bulk", f"to {other}", {"texts": kind}, bars.get(other, {}))
     for other in (stock, *streams, torch):
         bar = {384: 1 / 0.55} if other == stock else {}
-        yield Bar(f"one query, times {other}", "latency", f"to {other}", {"callers": 1}, bar)
+        one = {"callers": 1, "pause ms": None}
+        yield Bar(f"one query, times {other}", "latency", f"to {other}", one, bar)
 
 
 INT8 = (
@@ -156,7 +157,7 @@ def full_report(results: Sequence[Result], plots: Sequence[str]) -> str:
             ("**Tokens a second**, those of padding not counted", _bulk(results, "tokens/s")),
             ("**Share of the time in which the GPU was busy**, by nvidia-smi", _bulk(results, "gpu busy")),
             (f"**Cost and quality**, {COST}", _cost(results)),
-            ("**Milliseconds for one short text**, by callers at once", _latency(results)),
+            ("**Milliseconds for one short text**, by callers at once and pauses before", _latency(results)),
             *((f"**Tokens a second by {by}**", _growth(results, by)) for by in ("words", "batch", "texts", "threads")),
             ("**Quality**, and what is retained of torch fp32's", _quality(results, first=False)),
         ):
@@ -286,21 +287,21 @@ def _headline(results: Sequence[Result]) -> list[Column]:
         for column in columns
         if column.settings.get("order") != SORTED and column.settings.get("callers") not in between
     ]
-    cost = [Column("MB RAM", "cold", "peak MB", median), Column("MB disk", "cold", "disk MB", median)]
+    cost = [
+        Column(f"{_asked(rare)}: CPU ms", "latency", "CPU ms", median, rare)
+        for rare in _callers(results)
+        if rare["pause ms"]
+    ]
+    cost += [Column("MB RAM", "cold", "peak MB", median), Column("MB disk", "cold", "disk MB", median)]
     return [*speed, *cost, *(dataclasses.replace(column, show=precisely) for column in _quality(results, first=True))]
 
 
 def _speed(results: Sequence[Result]) -> list[Column]:
-    latencies = [
-        Column(
-            "one query" if n == 1 else f"{n} callers, {compared}" if compared else f"of {n} callers at once",
-            "latency",
-            "ratio",
-            spread,
-            {"callers": n, "compared": compared},
-        )
-        for n, compared in _callers(results)
-    ]
+    latencies = []
+    for how in _callers(results):
+        median_of_several = f"of {_asked(how)} at once" if how["callers"] > 1 else _asked(how)
+        title = f"{_asked(how)}, {how['compared']}" if how["compared"] else median_of_several
+        latencies.append(Column(title, "latency", "ratio", spread, how))
     return [*_bulk(results, "ratio"), *latencies, Column("cold start", "cold", "ratio", spread)]
 
 
@@ -334,7 +335,7 @@ def _cost(results: Sequence[Result]) -> list[Column]:
     return [
         Column("texts/s", "bulk", "texts/s", median, medium),
         Column("share", "bulk", "of peak", percent, medium),
-        Column("ms a query", "latency", "p50 ms", median, {"callers": 1}),
+        Column("ms a query", "latency", "p50 ms", median, {"callers": 1, "pause ms": None}),
         Column("s to the first", "cold", "seconds", median),
         Column("MB RAM", "cold", "peak MB", median),
         Column("MB disk", "cold", "disk MB", median),
@@ -344,16 +345,23 @@ def _cost(results: Sequence[Result]) -> list[Column]:
 
 def _latency(results: Sequence[Result]) -> list[Column]:
     return [
-        Column(f"{n}: {name.removesuffix(' ms')}", "latency", name, median, {"callers": n, "compared": compared})
-        for n, compared in _callers(results)
-        for name in ("p50 ms", "p95 ms", "p99 ms", "queries/s")
+        Column(f"{_asked(how)}: {name.removesuffix(' ms')}", "latency", name, median, how)
+        for how in _callers(results)
+        for name in ("p50 ms", "p95 ms", "p99 ms", "CPU ms", "queries/s")
     ]
 
 
-def _callers(results: Sequence[Result]) -> list[tuple[int, str | None]]:
-    """How many asked at once, and what they are compared by: medians where nothing is named."""
-    found = {(r.settings["callers"], r.settings.get("compared")) for r in results if r.benchmark == "latency"}
-    return sorted(found, key=lambda held: (held[0], held[1] or ""))
+def _callers(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """How many asked at once, after which pause, and what they are compared by: medians where nothing is named."""
+    names = ("callers", "pause ms", "compared")
+    found = {tuple(r.settings.get(name) for name in names) for r in results if r.benchmark == "latency"}
+    ordered = sorted(found, key=lambda held: [value or 0 for value in held[:2]] + [held[2] or ""])
+    return [dict(zip(names, held, strict=True)) for held in ordered]
+
+
+def _asked(how: dict[str, Any]) -> str:
+    callers, pause = how["callers"], how["pause ms"]
+    return f"{callers} callers" if callers > 1 else f"a query after {pause:.0f} ms" if pause else "one query"
 
 
 def _growth(results: Sequence[Result], by: str) -> list[Column]:

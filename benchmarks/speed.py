@@ -29,6 +29,8 @@ WORDS = (8, 16, 32, 64, 128)
 """Of the texts that show how cost grows with length."""
 READ = 1.5
 """Seconds that a GPU must be busy for a reading of its use (``gpu_use``)."""
+RARE = 0.05
+"""Seconds from an answer to the next query, of a service that is mostly idle."""
 PAUSE = 0.1
 """Seconds between turns: ONNX Runtime's threads look for more work some 40 ms after the last, at others' expense."""
 
@@ -62,6 +64,8 @@ class Profile:
     """Whether to measure how cost grows with length, batch, corpus and threads."""
     each: int = 20
     """How many queries of each of several callers make a round."""
+    rare: int = 0
+    """How many queries that come ``RARE`` seconds after the answer before make a round."""
     operations: float = inf
     """Most of a call in bulk; larger models get fewer texts, but a batch at least."""
 
@@ -74,6 +78,7 @@ PROFILES = {
         callers=(1, 16),
         queries=48,
         each=6,
+        rare=24,
         indexed=5_000,
         reranked=5,
     ),
@@ -83,6 +88,7 @@ PROFILES = {
         bulk=(("short", 128, AS_IT_COMES), ("medium", 96, AS_IT_COMES), ("long", 16, AS_IT_COMES)),
         callers=(1, 16),
         queries=48,
+        rare=24,
         indexed=10_000,
         reranked=25,
         growth=True,
@@ -153,6 +159,7 @@ def measure_speed(bench: Bench) -> None:
             if bench.corpus or kind != DOCUMENTS
         ]
         loads += [_latency(bench, callers) for callers in profile.callers]
+        loads += [_latency(bench, 1, RARE)] if profile.rare else []
         _take_turns(bench, [_cold_start(bench), *loads], start)
         _roofline(bench, 2 * start + 1)
     if profile.growth:
@@ -204,15 +211,15 @@ def _bulk(
     return Load(benchmark, settings | {"batch": batch, "count": count} | bench.jobs[0].place, measure)
 
 
-def _latency(bench: Bench, callers: int) -> Load:
+def _latency(bench: Bench, callers: int, pause: float = 0.0) -> Load:
     """Short texts one by one; what counts is a single caller's median, or how many queries several get answered."""
     several = callers > 1
     inputs = _inputs(bench, "short", bench.profile.queries)
-    if several:  # the same ones, which a single caller has warmed up
-        inputs = list(islice(cycle(inputs), bench.profile.each * callers))
+    if several or pause:  # the same ones, which a single caller has warmed up
+        inputs = list(islice(cycle(inputs), bench.profile.rare if pause else bench.profile.each * callers))
 
     def measure(worker: Worker) -> Sample:
-        answer = worker.ask("latency", inputs=inputs, callers=callers)
+        answer = worker.ask("latency", inputs=inputs, callers=callers, pause=pause)
         p50, p95, p99 = np.percentile(answer["times"], (50, 95, 99))
         return {
             "seconds": answer["seconds"] / len(inputs) if several else float(p50),
@@ -220,10 +227,11 @@ def _latency(bench: Bench, callers: int) -> Load:
             "p95 ms": 1000 * float(p95),
             "p99 ms": 1000 * float(p99),
             "queries/s": len(inputs) / answer["seconds"],
+            "CPU ms": 1000 * answer["cpu_s"] / len(inputs),
         }
 
-    compared = {"compared": "queries/s"} if several else {}
-    return Load("latency", {"callers": callers} | compared | bench.jobs[0].place, measure, warm=several)
+    how = {"compared": "queries/s"} if several else {"pause ms": 1000 * pause} if pause else {}
+    return Load("latency", {"callers": callers} | how | bench.jobs[0].place, measure, warm=bool(how))
 
 
 def _cold_start(bench: Bench) -> Load:

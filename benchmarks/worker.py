@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -100,25 +100,30 @@ def bulk(run: Run, inputs: list[Any], batch: int, least: float) -> dict[str, flo
     return {"seconds": (time.perf_counter() - start) / calls}
 
 
-def latency(run: Run, inputs: list[Any], callers: int) -> dict[str, Any]:
-    """Seconds for each input alone, of several callers who ask again at once, and for all together.
+def latency(run: Run, inputs: list[Any], callers: int, pause: float) -> dict[str, Any]:
+    """Seconds for each input alone, of several callers who ask again at once or after a pause, and for all together.
 
-    Each works off a share of its own, and a call lasts from the end of its caller's last one, so that waiting for a
-    turn isn't left out.
+    Each works off a share of its own, and a call lasts from the end of its caller's last one, or of the pause, so that
+    waiting for a turn isn't left out. What the process computes meanwhile is all counted: a thread that spins, too.
     """
 
     def work(share: list[Any]) -> list[float]:
-        ends = [start]
+        times, begin = [], start
         for item in share:
+            if pause:
+                time.sleep(pause)
+                begin = time.perf_counter()
             run([item], 1)
-            ends.append(time.perf_counter())
-        return [end - last for last, end in pairwise(ends)]
+            end = time.perf_counter()
+            times.append(end - begin)
+            begin = end
+        return times
 
     with ThreadPoolExecutor(callers) as pool:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         shares = list(pool.map(work, [inputs[first::callers] for first in range(callers)]))
-        seconds = time.perf_counter() - start
-    return {"times": list(chain(*shares)), "seconds": seconds}
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return {"times": list(chain(*shares)), "seconds": seconds, "cpu_s": cpu}
 
 
 def answers(run: Run, inputs: list[Any], batch: int, path: str) -> dict[str, Any]:

@@ -230,23 +230,40 @@ def test_each_caller_asks_again_at_once_and_no_waiting_is_left_out(monkeypatch):
         together.wait()
         shares.setdefault(threading.get_ident(), []).extend(texts)
 
-    worker.latency(run, inputs, 4)
+    worker.latency(run, inputs, 4, 0)
     assert sorted(shares.values()) == [inputs[first::4] for first in range(4)]
     ticks = itertools.count()
-    monkeypatch.setattr(worker, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
-    assert worker.latency(lambda texts, batch: None, inputs, 1) == {"times": [1] * 12, "seconds": 13}
+    computed = iter([2, 5])
+    clock = SimpleNamespace(perf_counter=lambda: next(ticks), process_time=lambda: next(computed))
+    monkeypatch.setattr(worker, "time", clock)
+    assert worker.latency(lambda texts, batch: None, inputs, 1, 0) == {"times": [1] * 12, "seconds": 13, "cpu_s": 3}
+
+
+def test_a_pause_is_no_part_of_the_query_after_it_but_what_the_process_computes_in_it_is(monkeypatch):
+    now = [0.0, 0.0]
+
+    def passes(seconds, share):
+        now[0] += seconds
+        now[1] += seconds * share
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[1], sleep=lambda s: passes(s, 0.5))
+    monkeypatch.setattr(worker, "time", clock)
+    answer = worker.latency(lambda texts, batch: passes(1, 2), ["a"] * 3, 1, 10)
+    assert answer == {"times": [1] * 3, "seconds": 33, "cpu_s": 21}
 
 
 def test_of_several_callers_what_counts_is_how_many_queries_are_answered(tiny_artifact, tmp_path):
     journal = Journal(tmp_path / "results.jsonl")
-    profile = dataclasses.replace(SMALL, bulk=(), callers=(1, 3), rounds=1, each=2)
+    profile = dataclasses.replace(SMALL, bulk=(), callers=(1, 3), rounds=1, each=2, rare=2)
     subject = open_subject(tiny_artifact)
     measure_speed(
         Bench(subject=subject, jobs=plan_jobs(subject, "ours:fp32", threads=1), profile=profile, journal=journal)
     )
-    one, three = (r for r in journal.results if r.benchmark == "latency")
+    one, three, rare = (r for r in journal.results if r.benchmark == "latency")
     assert one.figures["seconds"].median == pytest.approx(one.figures["p50 ms"].median / 1000, rel=1e-4)
     assert three.figures["seconds"].median == pytest.approx(1 / three.figures["queries/s"].median, rel=1e-4)
+    assert (rare.settings["callers"], rare.settings["pause ms"]) == (1, 50)
+    assert 0 < rare.figures["queries/s"].median < 20 and rare.figures["CPU ms"].median > 0
 
 
 def test_what_several_callers_are_compared_by_is_never_mixed():
