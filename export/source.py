@@ -49,7 +49,7 @@ METADATA = (
     "*_linear.pt",
 )
 SAFETENSORS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
-PICKLE = ("pytorch_model.bin",)
+PICKLE = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO)
 """A download's that have nothing to do with the network."""
 
@@ -85,28 +85,33 @@ class Checkpoint:
         Raises:
             ExportError: There are none, a shard is missing or lies elsewhere, or they are pickles and weren't allowed.
         """
-        index = self.folder / "model.safetensors.index.json"
-        shards = ["model.safetensors"]
-        if index.exists() and not (self.folder / "model.safetensors").exists():  # which transformers prefers
-            shards = sorted({str(shard) for shard in read_json(index).take("weight_map", dict, {}).values()})
-        if not shards or any(Path(shard).name != shard for shard in shards):
-            raise ExportError(f"{index}: its weight_map doesn't name files beside it; download the checkpoint again")
-        files = [self.folder / shard for shard in shards]
-        missing = [path.name for path in files if not path.exists()]
-        if not missing:
+        files = self._listed(SAFETENSORS[0])
+        if not (missing := [path for path in files if not path.exists()]):
             return files
-        pickles = [path for path in (self.folder / name for name in PICKLE) if path.exists()]
-        if pickles and self.allow_pickle:
-            return pickles
-        if pickles:
+        pickles = self._listed(PICKLE[0])
+        lacking = [path for path in pickles if not path.exists()]
+        if pickles == lacking:
+            raise ExportError(
+                f"{self.id}: {missing[0].name} is missing; the checkpoint needs safetensors weights "
+                "(if it has only pytorch_model.bin, pass --allow-pickle)"
+            )
+        if not self.allow_pickle:
             raise ExportError(
                 f"{self.id}: its only weights are a pickle ({pickles[0].name}), which can run code when loaded; pass "
                 "--allow-pickle to read it with torch's weights_only loader, or convert it to safetensors"
             )
-        raise ExportError(
-            f"{self.id}: {missing[0]} is missing; the checkpoint needs safetensors weights "
-            "(if it has only pytorch_model.bin, pass --allow-pickle)"
-        )
+        if lacking:
+            raise ExportError(f"{self.id}: {lacking[0].name} is missing; download the checkpoint again")
+        return pickles
+
+    def _listed(self, whole: str) -> list[Path]:
+        """The file that holds all weights, which transformers prefers, or those that an index lists instead."""
+        index, names = self.folder / f"{whole}.index.json", [whole]
+        if index.exists() and not (self.folder / whole).exists():
+            names = sorted({str(name) for name in read_json(index).take("weight_map", dict, {}).values()})
+        if not names or any(Path(name).name != name for name in names):
+            raise ExportError(f"{index}: its weight_map doesn't name files beside it; download the checkpoint again")
+        return [self.folder / name for name in names]
 
     def provenance(self) -> Source:
         """The source as the manifest records it, with the SHA-256 of every file that an export reads."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from conftest import make_splade
 from hub_server import COMMIT, serve_hub
 
@@ -339,6 +340,22 @@ def test_a_pickle_is_refused_unless_allowed_and_then_gives_the_same_vectors(pick
     expected = Embedder(tiny_artifact, "fp32").encode(texts)
     np.testing.assert_array_equal(Embedder(artifact.path, "fp32").encode(texts), expected)
     assert "pytorch_model.bin" in artifact.manifest.source.checksums
+
+
+def test_a_pickle_in_shards_is_read_whole_or_not_at_all(tiny_checkpoint, tiny_artifact, copied):
+    folder = copied(tiny_checkpoint)
+    (folder / "model.safetensors").unlink()
+    transformers.AutoModel.from_pretrained(tiny_checkpoint).save_pretrained(
+        folder, safe_serialization=False, max_shard_size="60KB"
+    )
+    shards = sorted(folder.glob("pytorch_model-*.bin"))
+    assert len(shards) > 1
+    assert graph_bytes(folder, allow_pickle=True) == (tiny_artifact / "model.fp32.onnx").read_bytes()
+    with pytest.raises(ExportError, match=r"pytorch_model-00001.*--allow-pickle"):
+        resolve_source(str(folder))
+    shards[1].unlink()
+    with pytest.raises(ExportError, match=f"{shards[1].name} is missing"):
+        resolve_source(str(folder), allow_pickle=True)
 
 
 def test_a_pickle_of_the_format_before_torch_1_6_is_read(pickled, tiny_artifact):
