@@ -7,6 +7,14 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+
+def _cure(missing: ImportError) -> str:
+    """What to install; a module of our own that can't be imported is no want of a package, and is raised."""
+    if (missing.name or "").partition(".")[0] in ("export", "runtime"):
+        raise missing
+    return f"an export needs {missing.name}, which isn't installed; run: pip install 'bge-onnx[cpu,export]'"
+
+
 try:
     from rich.console import Console
     from rich.markup import escape
@@ -17,9 +25,7 @@ try:
     from export.catalog import POOLINGS, load_catalog
     from runtime.errors import BgeOnnxError
 except ImportError as missing:
-    if (missing.name or "").partition(".")[0] in ("export", "runtime"):
-        raise
-    sys.exit(f"error: an export needs {missing.name}, which isn't installed; run: pip install 'bge-onnx[cpu,export]'")
+    sys.exit(f"error: {_cure(missing)}")
 except Exception as error:
     if type(error).__name__ != "ProviderError":  # a class that can't be imported where importing runtime raises it
         raise
@@ -40,8 +46,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BgeOnnxError as error:
         errors.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}")
         return 1
+    except ImportError as missing:
+        errors.print(f"[red]error:[/red] {escape(_cure(missing))}")
+        return 1
     except KeyboardInterrupt:
-        errors.print("[red]interrupted:[/red] nothing was written")
+        errors.print("[red]interrupted:[/red] nothing is left half written")
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -119,8 +128,8 @@ def _export(options: argparse.Namespace) -> None:
     path = _short(artifact.path)
     for name, variant in manifest.variants.items():
         size = f"{manifest.files[variant.data or variant.file].size / 1e6:.1f} MB"
-        table.add_row(name, size, *parities[name].values(), f"{path}/{variant.file}")
-    console.print(f"{manifest.name}: {summary(manifest)}")
+        table.add_row(name, size, *parities[name].values(), escape(f"{path}/{variant.file}"))
+    console.print(f"{manifest.name}: {summary(manifest)}", markup=False)
     if manifest.kind == "embedder":
         for name in ("query", "passage"):
             console.print(f"{name} prompt: {manifest.prompts.get(name, 'none')}", markup=False)

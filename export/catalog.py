@@ -59,6 +59,11 @@ SENTENCE_CONFIGS = tuple(
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 """sentence-transformers' names of what holds a model's max length; the first that isn't empty wins."""
+OBEYED = (
+    *("processing_kwargs", "query_length", "document_length", "query_expansion"),
+    *("config_args", "config_kwargs", "tokenizer_args", "processor_kwargs"),
+)
+"""What sentence-transformers obeys in the same file, and we don't."""
 M3_HEADS = ("sparse_linear", "colbert_linear")
 """Files of BGE-M3 (with ``.pt``), which give it sparse and multi-vector outputs beside the dense one."""
 
@@ -119,6 +124,7 @@ def describe_checkpoint(
     """
     config = read_json(folder / "config.json")
     modules = _modules(folder)
+    _check_sentence_config(folder)
     is_reranker = "Pooling" not in modules and any(
         str(name).endswith("ForSequenceClassification") for name in config.take("architectures", list) or ()
     )
@@ -280,6 +286,19 @@ def sentence_config(folder: Path) -> "Settings":
     """What sentence-transformers says of a model's texts: their length, and if they are lower-cased."""
     found = (read_json(folder / name, {}) for name in SENTENCE_CONFIGS)
     return next(filter(None, found), Settings(folder / SENTENCE_CONFIGS[0], {}))
+
+
+def _check_sentence_config(folder: Path) -> None:
+    """Refuse what sentence-transformers obeys beside a length and lower case, and would give something else."""
+    settings = sentence_config(folder)
+    text = (settings.take("modality_config", dict) or {}).get("text")
+    output = text.get("method_output_name") if isinstance(text, dict) else None
+    changes = [name for name in OBEYED if settings.get(name)]
+    if changes or output not in (None, "last_hidden_state", "logits"):
+        raise ExportError(
+            f"{settings.path}: its {(changes or ['modality_config'])[0]} can't be exported yet, and without it the "
+            "vectors may be wrong; if it changes nothing, remove it from a local copy"
+        )
 
 
 def _max_length(spec: ModelSpec, folder: Path, config: "Settings") -> int:

@@ -200,13 +200,20 @@ def _output(graph: Graph, config: EncoderConfig, weight: Weights, output: Output
             graph.add("Reshape", relu, "shape", name=output)
             graph.outputs.append(float_value(output, "batch", "tokens"))
         case "token_vectors":
-            graph.add("Reshape", linear(graph, weight, "colbert", x, hidden, hidden), "hidden_shape", name=output)
-            graph.outputs.append(float_value(output, "batch", "tokens", hidden))
+            width = colbert_width(weight)
+            shape = graph.add("Concat", "shape", graph.integers([width]), axis=0)
+            graph.add("Reshape", linear(graph, weight, "colbert", x, hidden, width), shape, name=output)
+            graph.outputs.append(float_value(output, "batch", "tokens", width))
         case "vocabulary_weights":
             dense = linear(graph, weight, "mlm.dense", x, hidden, hidden)
             x = activate(graph, config.mlm_activation or config.activation, dense)
             x = norm(graph, weight, "mlm.norm", x, hidden, config.norm_eps)
             vocabulary_weights(graph, weight, x, config.vocab, hidden)
+
+
+def colbert_width(weight: Weights) -> int:
+    """Dimensions of a token's vector, which FlagEmbedding's trainer sets with ``--colbert_dim``."""
+    return int(weight("colbert.weight")().shape[0])
 
 
 def score_head(graph: Graph, config: EncoderConfig, weight: Weights, first: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from export.encoder import EncoderConfig, attention_bias, position_table, score_head
+from export.encoder import EncoderConfig, attention_bias, colbert_width, position_table, score_head
 from export.errors import ExportError
 from export.graph import MICROSOFT, Graph, Loader, float_value, int_value
 from export.layers import Weights, activate, checked, linear, parameter, reads_first
@@ -214,9 +214,9 @@ def _output(
     Without ``starts``, they are first ones.
     """
     if output == "token_vectors":
-        vectors = linear(graph, weight, "colbert", x, config.hidden, config.hidden)
+        vectors = linear(graph, weight, "colbert", x, config.hidden, width := colbert_width(weight))
         graph.add("Cast", vectors, name=output, to=TensorProto.FLOAT)
-        graph.outputs.append(float_value(output, "tokens", config.hidden))
+        graph.outputs.append(float_value(output, "tokens", width))
     elif output == "token_weights":
         states = graph.add("Cast", x, to=TensorProto.FLOAT)
         weights = graph.add("Relu", linear(graph, weight, f"{HEADS}sparse", states, config.hidden, 1))

@@ -192,7 +192,7 @@ def find_encoder(checkpoint: Checkpoint) -> Encoder | None:
         encoder = family.config(config) if family else None
     except KeyError as missing:
         raise ExportError(f"{checkpoint.id}: config.json has no {missing}; save it whole with transformers") from None
-    except (AttributeError, TypeError, ValueError) as error:  # as a value of the wrong type raises
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:  # as a value of the wrong type raises
         raise ExportError(f"{checkpoint.id}: config.json doesn't fit: {error}; mend it in a local copy") from None
     return (family, encoder) if family and encoder else None
 
@@ -367,12 +367,12 @@ def staging_folder(out: Path, force: bool) -> Iterator[Path]:
     Raises:
         ExportError: ``out`` exists and ``force`` is off, or the disk is full or can't be written.
     """
-    if out.is_symlink() and not out.exists():
-        raise ExportError(f"{out}: a link that leads nowhere; remove it, or choose another --out")
-    out = out.resolve()
-    _check_free(out, force)
     stage, made = None, []
     try:
+        if out.is_symlink() and not out.exists():
+            raise ExportError(f"{out}: a link that leads nowhere; remove it, or choose another --out")
+        out = out.resolve()
+        _check_free(out, force)
         made = [folder for folder in out.parents if not folder.exists()]
         out.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
@@ -436,5 +436,9 @@ def _exchange(a: Path, b: Path) -> None:
         return
     aside = Path(f"{a}.old")
     b.rename(aside)
-    a.rename(b)
+    try:
+        a.rename(b)
+    except BaseException:
+        aside.rename(b)
+        raise
     aside.rename(a)

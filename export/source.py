@@ -144,17 +144,18 @@ def resolve_source(
     if not model:
         raise ExportError("no model is named; run python -m export --list for all short names")
     known = find_model(model)
-    folder = Path(model).expanduser()
-    if folder.is_dir() and not (known and known.name == model.casefold()):
+    folder = Path(os.path.expanduser(model))  # which, as those below, raises nothing
+    if os.path.isdir(folder) and not (known and known.name == model.casefold()):
         if revision:
             raise ExportError(f"{model}: a local folder has no revision; leave out --revision")
         folder = folder.resolve()
-        original = find_model(folder.name)  # which a local copy of it may not tell the prompts of
-        spec = ModelSpec(name=folder.name, prompts=original.prompts if original else {})
-        origin, source_id = "folder", folder.name
+        source_id = _folder_id(folder)
+        original = find_model(source_id)  # which a local copy of it may not tell the prompts of
+        spec = ModelSpec(name=source_id.rpartition("/")[2], prompts=original.prompts if original else {})
+        origin = "folder"
     elif model.startswith((".", "/", "~")):
         raise ExportError(
-            f"{model}: {'not a' if folder.exists() else 'no such'} folder; pass a checkpoint's, or a hub id"
+            f"{model}: {'not a' if os.path.exists(folder) else 'no such'} folder; pass a checkpoint's, or a hub id"
         )
     elif known and not revision and (packaged := _package_folder(known)):
         spec, origin, source_id, folder = known, "package", f"{known.package} ({known.hub})", packaged
@@ -168,13 +169,13 @@ def resolve_source(
             f"{model}: neither a short name of models.yaml nor a folder nor a hub id; {suggest(model)}"
             "run python -m export --list for all names"
         )
-    if (folder / "adapter_config.json").exists():  # which transformers, without peft, leaves out in silence
+    if os.path.exists(folder / "adapter_config.json"):  # which transformers, without peft, leaves out in silence
         raise ExportError(
             f"{source_id}: adapter_config.json makes it a LoRA (or other) adapter; merge it into its base model with "
             "peft's merge_and_unload, save that with its tokenizer, and export the folder; if it is merged, delete the "
             "file"
         )
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise ExportError(f"{source_id}: no config.json in {folder}; is this a transformers checkpoint?")
     checkpoint = Checkpoint(
         spec=describe_checkpoint(spec, folder, pooling, prompts),
@@ -211,6 +212,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> "transformers.PreTrainedTokenizerF
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
+
+
+def _folder_id(folder: Path) -> str:
+    """What a local folder is called; one of the hub's cache, which is called after a commit, as the hub calls it."""
+    cached = folder.parents[1].name if folder.parent.name == "snapshots" else ""
+    return cached.removeprefix("models--").replace("--", "/") if cached.startswith("models--") else folder.name
 
 
 def _package_folder(spec: ModelSpec) -> Path | None:

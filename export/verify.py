@@ -4,7 +4,7 @@ import inspect
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -99,7 +99,7 @@ def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
     """What transformers' own model and tokenizer give, one text or pair at a time, finished by torch as FlagEmbedding.
 
     Raises:
-        ExportError: transformers can't load the checkpoint.
+        ExportError: transformers can't load the checkpoint, or run it.
     """
     import torch  # slow to import
     import transformers
@@ -116,6 +116,7 @@ def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
                 dtype=torch.float32,
                 use_safetensors=not checkpoint.allow_pickle or None,
                 trust_remote_code=False,
+                **_thetas(checkpoint.config),
             )
         except Exception as error:  # transformers raises all sorts
             raise ExportError(
@@ -124,18 +125,26 @@ def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
             ) from error
         accepted = inspect.signature(model.eval().forward).parameters
 
-        def ask(inputs: Any) -> Any:  # noqa: ANN401
-            return model(**{name: torch.tensor([inputs[name]]) for name in inputs if name in accepted})
+        def ask(inputs: Any) -> "torch.Tensor":  # noqa: ANN401
+            feeds = {name: torch.tensor([inputs[name]]) for name in inputs if name in accepted}
+            try:
+                first: torch.Tensor = model(**feeds)[0]
+            except Exception as error:  # torch raises all sorts
+                raise ExportError(
+                    f"{checkpoint.id}: transformers can't run it ({first_line(error)}), so nothing can be verified; "
+                    "mend the checkpoint"
+                ) from error
+            return first
 
         if spec.kind == "reranker":
             for pair in verification_pairs(texts):
-                answers.scores.append(float(ask(_pair_inputs(tokenizer, pair, spec.max_length or 512)).logits[0, 0]))
+                answers.scores.append(float(ask(_pair_inputs(tokenizer, pair, spec.max_length or 512))[0, 0]))
             return answers
         heads = _heads(checkpoint) if "token_weights" in spec.outputs else None
         skipped = special_ids(tokenizer)
         for text in texts:
             inputs = tokenizer(text, truncation=True, max_length=spec.max_length)
-            states = ask(inputs)[0][0]
+            states = ask(inputs)[0]
             if spec.outputs == ("vocabulary_weights",):
                 weights = torch.log1p(torch.relu(states)).amax(0)
                 answers.lexical.append({str(i): float(weights[i]) for i in weights.nonzero()[:, 0].tolist()})
@@ -151,6 +160,13 @@ def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
                 answers.lexical.append(best)
                 answers.colbert.append(torch.nn.functional.normalize(colbert(states[1:]), dim=-1).numpy())
     return answers
+
+
+def _thetas(config: Mapping[str, Any]) -> dict[str, float]:
+    """ModernBERT's, which transformers 5 writes where earlier ones, that they are asked of, don't look."""
+    names = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
+    kinds = (config.get("rope_parameters") or {}).items() if config.get("model_type") == "modernbert" else ()
+    return {names[kind]: rope["rope_theta"] for kind, rope in kinds if "rope_theta" in rope}
 
 
 def _pair_inputs(tokenizer: Any, pair: tuple[str, str], max_length: int) -> Any:  # noqa: ANN401

@@ -1,5 +1,6 @@
 """What callers may pass: every public method checks here before it does any work."""
 
+import contextlib
 import itertools
 import math
 import operator
@@ -28,7 +29,7 @@ class Limits:
         """Raise ``InputError`` on a limit below 1."""
         for name in ("texts", "characters"):
             if getattr(self, name) is not None:
-                check_count(f"limits.{name}", getattr(self, name), sys.maxsize)
+                check_count(f"limits.{name}", getattr(self, name), sys.maxsize - 1)
 
 
 NO_LIMITS = Limits()
@@ -79,8 +80,10 @@ def check_pairs(
     single = isinstance(pairs, list | tuple) and len(pairs) == 2 and all(isinstance(text, str) for text in pairs)
     checked = []
     for i, pair in enumerate([pairs] if single else _several("pairs", pairs, limits)):
-        ordered = isinstance(pair, Iterable) and not isinstance(pair, str | bytes | Mapping | Set)
-        both = tuple(pair) if ordered else ()
+        both: tuple[Any, ...] = ()
+        if not isinstance(pair, str | bytes | Mapping | Set):
+            with contextlib.suppress(TypeError):  # nothing to iterate over
+                both = tuple(pair)
         if len(both) != 2 or not all(isinstance(text, str) for text in both):
             raise InputError(f"pair {i} is {str(pair)[:60]!r}; pass (query, passage), both str")
         for text in both:
@@ -95,7 +98,8 @@ def check_weights(name: str, weights: Sequence[float]) -> NDArray[np.float64]:
     Raises:
         InputError: They aren't three finite numbers, none negative and not all 0.
     """
-    numbers = isinstance(weights, Sequence | np.ndarray) and all(isinstance(weight, Real) for weight in weights)
+    several = isinstance(weights, Sequence) or (isinstance(weights, np.ndarray) and weights.ndim == 1)
+    numbers = several and all(isinstance(weight, Real) for weight in weights)
     if not numbers or len(weights) != 3 or not (min(weights) >= 0 and 0 < sum(weights) < math.inf):
         raise InputError(f"{name} is {weights!r}; pass three numbers, none negative and not all 0")
     return np.array(weights, float)

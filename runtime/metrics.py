@@ -17,8 +17,8 @@ METRICS = {
     "texts": "Texts, or pairs of a reranker, that were run",
     "tokens": "Tokens that were run",
     "truncated": "Texts or pairs that were cut",
-    "batches": "Runs of the graph",
-    "run_seconds": "Time in the graph",
+    "batches": "Batches that were run",
+    "run_seconds": "Time that a batch took",
     "queue_seconds": "Time that an async call waited before its run",
 }
 

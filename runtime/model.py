@@ -165,7 +165,8 @@ class Model:
             InputError: ``threads`` or ``max_length`` is no sensible number.
             ProviderError: The device can't be had.
         """
-        self._folder, self._verify, self._limits, self._hook = Path(path), verify, limits, hook
+        self._folder = Path(path).resolve()  # where a session that is opened later finds the same, too
+        self._verify, self._limits, self._hook = verify, limits, hook
         self._turns = itertools.count()
         self.manifest = load_manifest(self._folder)
         if self.manifest.kind != self.KIND:
@@ -284,8 +285,8 @@ class Model:
             opened.tried = True  # at once, so that other threads don't open it too; they go on without it meanwhile
             try:
                 opened.narrow = self._open("cpu", 1, verify=True)
-            except ArtifactError as error:
-                logger.warning("bulk work is slower, as the artifact is no longer what was loaded: %s", error)
+            except (ArtifactError, RunError) as error:
+                logger.warning("bulk work is slower, as the model can't be opened a second time: %s", error)
         return opened.narrow
 
     def _run(self, outputs: Sequence[str], pieces: Iterable[Piece], tokens: int | None = None) -> Iterator[Run]:
@@ -467,7 +468,7 @@ class Model:
             if len(places) > 1:
                 return None
             raise RunError(
-                f"{self._folder}: text {places[0]} is beyond the range of {self.variant}; "
+                f"{self._folder}: {self._tokenizer.beginning(rows[0])!a} is beyond the range of {self.variant}; "
                 "pass variant='fp32' for it, or export the model without fp16"
             )
         return by_length(outputs, found, places, rows)

@@ -1,11 +1,14 @@
 """Retrieve, then rerank: texts found by vector, the best of them sorted by a reranker."""
 
+import ctypes
 import dataclasses
 import json
 import logging
 import os
 import sqlite3
 import threading
+import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -40,6 +43,23 @@ SELECT MAX((SELECT COALESCE(MAX(key), -1) + 1 FROM texts),
 """The first key that never was a text's, or somebody who still has its old vector would find the new text by it."""
 MOST = 10_000
 """Most results of a search."""
+PATIENCE = 5.0
+"""Seconds for which a change waits until another process has saved its own."""
+OPEN: "weakref.WeakSet[Retriever]" = weakref.WeakSet()
+"""All that are open in this process."""
+INHERITED: set[Path] = set()
+"""Folders that were open when this process was forked."""
+
+
+def _leave() -> None:
+    """Keep a forked child from ever closing its parent's connections, which SQLite forbids: changes may be undone."""
+    for retriever in list(OPEN):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(retriever._texts))
+        INHERITED.add(retriever.folder)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +79,9 @@ class Retriever:
 
     Vectors are held by usearch (an HNSW graph, float16), texts by SQLite. What was added is lost unless ``save`` is
     called; a crash at any moment leaves what the last ``save`` left. Of several processes that have the folder open,
-    one may add at a time, until it saves; the others then load anew what it saved, with their next call. A forked
-    process opens the folder itself. A folder that can't be written to can be searched while nobody else writes there.
+    one may add at a time, until it saves; the others then load anew what it saved, with their next call. Open the
+    folder after a fork, in each process: SQLite's locks don't outlive one, so a folder that was open before it can be
+    opened in no child. A folder that can't be written to can be searched while nobody else writes there.
     """
 
     def __init__(self, folder: str | Path, embedder: Embedder, reranker: Reranker | None = None) -> None:
@@ -74,6 +95,7 @@ class Retriever:
         Raises:
             ArtifactError: The folder's files are damaged, or were made with another model.
             BgeOnnxError: usearch isn't installed.
+            InputError: The folder was open when this process was forked.
         """
         if not isinstance(embedder, Embedder) or not isinstance(reranker, Reranker | None):
             given = f"{type(embedder).__name__} and {type(reranker).__name__}"
@@ -82,11 +104,10 @@ class Retriever:
             from usearch.index import Index
         except ImportError as error:
             raise BgeOnnxError(f"usearch can't be imported ({error}); run: pip install 'bge-onnx[retrieve]'") from None
-        self.folder = Path(folder)
+        self.folder = Path(folder).resolve()  # wherever the process or a link goes
         self._embedder, self._reranker = embedder, reranker
         self._model = json.dumps(embedder.manifest.source.checksums, sort_keys=True)
         self._new_index = partial(Index, ndim=embedder.dim, metric="cos", dtype="f16")
-        self._process = os.getpid()
         self._writing, self._lock = threading.Lock(), threading.Lock()  # taken in this order
         self._dirty = False
         """Whether there is something to save."""
@@ -94,6 +115,7 @@ class Retriever:
         """The index that the last ``save`` names, until something else is changed."""
         self._file: str | None = ""
         """The index that is held, of the folder's; None of an empty folder."""
+        self._check_not_inherited()
         with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._texts = _connect(self.folder / TEXTS)
@@ -101,9 +123,11 @@ class Retriever:
                 if os.access(self.folder, os.W_OK):
                     self._texts.executescript(SCHEMA)
                 self._load()
+                self._texts.execute("PRAGMA busy_timeout = 20")  # ms, in which searches wait, too
             except BaseException:
                 self._texts.close()
                 raise
+        OPEN.add(self)
 
     def _load(self) -> None:
         """Hold what the last ``save`` left, this process's or another's."""
@@ -202,11 +226,7 @@ class Retriever:
             For the keys whose vectors go when all else is done; a vector without a text harms nobody, the reverse does.
         """
         gone: list[int] = []
-        with self._explained(), self._writing, self._lock:
-            self._check_kept()
-            if not self._dirty:
-                self._texts.rollback()  # of what an interrupt right here may have begun
-                self._texts.execute("BEGIN IMMEDIATE")
+        with self._explained(), self._writing, self._begun():
             before, self._saving = self._texts.total_changes, ""
             self._texts.execute("SAVEPOINT change")
             try:
@@ -221,6 +241,25 @@ class Retriever:
             if gone:
                 self._index.remove(gone, threads=1)
             self._texts.execute("RELEASE change" if self._dirty else "ROLLBACK")
+
+    @contextmanager
+    def _begun(self) -> Iterator[None]:
+        """Holds the lock within a transaction, which one process is in at a time; searches go on while this waits."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            with self._lock:
+                self._check_kept()
+                try:
+                    if not self._dirty:
+                        self._texts.rollback()  # of what an interrupt right here may have begun
+                        self._texts.execute("BEGIN IMMEDIATE")
+                except sqlite3.OperationalError as error:
+                    if "locked" not in str(error) or time.monotonic() > until:
+                        raise
+                else:
+                    yield
+                    return
+            time.sleep(0.01)  # for searches
 
     def _check_kept(self) -> None:
         """Raise if SQLite has rolled back all that was added, as it does when the disk is full."""
@@ -246,10 +285,11 @@ class Retriever:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Turns what SQLite, usearch and the system raise into our errors; before any lock, which a fork may hold."""
-        if os.getpid() != self._process:  # SQLite's connections don't outlive a fork
-            raise InputError(f"{self.folder}: opened before a fork; open the retriever in each process")
+        self._check_not_inherited()
         try:
             yield
+        except BgeOnnxError:
+            raise
         except sqlite3.ProgrammingError as error:
             raise InputError(f"{self.folder}: the retriever is closed ({error}); open it again") from None
         except sqlite3.OperationalError as error:
@@ -260,8 +300,17 @@ class Retriever:
             raise ArtifactError(f"{self.folder / TEXTS}: not a retriever's texts ({error}); index them again") from None
         except OSError as error:
             raise ArtifactError(f"{self.folder}: {error.strerror or error}; pass another folder") from None
-        except RuntimeError as error:
+        except (RuntimeError, ValueError, MemoryError) as error:
+            if "terminated" in str(error):  # what usearch makes of an interrupt
+                raise KeyboardInterrupt from None
             raise BgeOnnxError(f"{self.folder}: usearch failed ({error}); open the folder again") from None
+
+    def _check_not_inherited(self) -> None:
+        """Raise if the folder was open when this process was forked."""
+        if self.folder in INHERITED:
+            raise InputError(
+                f"{self.folder}: opened before a fork; open the retriever in each process, after it and not before"
+            )
 
     def retrieve(self, query: str, top_k: int = 100) -> list[Hit]:
         """The texts whose vectors are nearest to the query's, best first.
@@ -294,7 +343,7 @@ class Retriever:
         Args:
             query: The query.
             top_k: How many to return.
-            candidates: How many are reranked.
+            candidates: How many are reranked; at least ``top_k``.
 
         Raises:
             InputError: The query isn't a valid text, or a number isn't 1 to 10,000.
@@ -343,9 +392,10 @@ class Retriever:
 
     def close(self) -> None:
         """Close the folder's files; what wasn't saved is lost, with a warning."""
-        if os.getpid() != self._process:
+        if self.folder in INHERITED:
             return
         with self._writing, self._lock:
+            OPEN.discard(self)
             if self._dirty:
                 logger.warning("%s: closed with texts added or removed that weren't saved, and are lost", self.folder)
             self._texts.close()

@@ -46,6 +46,8 @@ CUDA_OPTIONS = {
     "use_tf32": "0",  # fp32 means fp32
 }
 """Options of ONNX Runtime's CUDA provider."""
+NO_MEMORY = "(?i)alloc|memory(?! access)"
+"""What ONNX Runtime says for want of memory; an illegal access is something else."""
 
 
 def _abandon() -> None:
@@ -299,7 +301,7 @@ def run_feeds(
                 "tokenizer.json and the graph don't belong together, export the model again"
             ) from None
         failed = f"onnxruntime failed on {what} ({cause})"
-        if re.search("alloc|memory", cause, re.I):
+        if re.search(NO_MEMORY, cause):
             raise OutOfMemoryError(f"{failed}; free some memory or pass shorter texts") from None
         cure = "start the process anew" if "CUDA" in cause else "export the model again, or report it"
         raise RunError(f"{failed}; {cure}") from None
@@ -322,6 +324,7 @@ def create_session(path: Path, device: str, threads: int) -> Session:
 
     Raises:
         ArtifactError: The file is not a graph that this ONNX Runtime can load.
+        OutOfMemoryError: There isn't enough memory.
         ProviderError: The device can't be had.
     """
     options = onnxruntime.SessionOptions()
@@ -350,6 +353,8 @@ def create_session(path: Path, device: str, threads: int) -> Session:
             )
     except Exception as error:  # onnxruntime's errors share no public base
         cause = _cause(error, str(path))
+        if re.search(NO_MEMORY, cause):
+            raise OutOfMemoryError(f"{path}: can't be loaded ({cause}); free some memory") from None
         if kind == "cuda" and re.search("cuda|cudnn|cublas|find kernel|find an implementation", cause, re.I):
             raise _cuda_fails(device, missing or cause) from None
         raise ArtifactError(

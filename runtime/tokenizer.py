@@ -147,6 +147,10 @@ class Tokenizer:
         """Tokens of each text before any truncation, special tokens included."""
         return [len(body) + self.max_length - self._room for body in self._ids(texts)]
 
+    def beginning(self, ids: Sequence[int]) -> str:
+        """About what a text begins with, for an error that names it."""
+        return str(self._tokenizer.decode(list(ids[:40])))[:60]
+
     def warn(self, what: str, cut: int, total: int) -> None:
         """Log that so many of all texts or pairs were cut, if any were."""
         if cut:
@@ -185,7 +189,7 @@ class Tokenizer:
                         text.encode("utf-8")
                     except UnicodeEncodeError as error:
                         raise InputError(
-                            f"{name(i)} has a lone surrogate at character {error.start}, which is not valid Unicode; "
+                            f"{name(i)} has a lone surrogate ({text[error.start]!a}), which is not valid Unicode; "
                             "clean it with text.encode('utf-8', 'replace').decode()"
                         ) from None
                 raise

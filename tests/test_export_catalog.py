@@ -387,3 +387,24 @@ def test_a_spoilt_json_file_is_named_in_a_clean_error(describe, name, content):
 def test_a_folder_without_config_is_a_clean_error(tmp_path):
     with pytest.raises(ExportError, match="config.json: no such file"):
         describe_checkpoint(ModelSpec(name="m", pooling="cls"), tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ({"processing_kwargs": {"text": {"max_length": 256}}}, "its processing_kwargs"),
+        ({"query_length": 32}, "its query_length"),
+        ({"tokenizer_args": {"padding_side": "left"}}, "its tokenizer_args"),
+        ({"modality_config": {"text": {"method_output_name": ["hidden_states", -2]}}}, "its modality_config"),
+    ],
+    ids=str,
+)
+def test_what_sentence_transformers_obeys_and_we_dont_is_refused(describe, setting, says):
+    with pytest.raises(ExportError, match=f"sentence_bert_config.json: {says} can't be exported yet"):
+        describe({"sentence_bert_config.json": setting})
+
+
+def test_what_sentence_transformers_6_writes_is_read(describe):
+    text = {"method": "forward", "method_output_name": "last_hidden_state"}
+    written = {"transformer_task": "feature-extraction", "modality_config": {"text": text}, "processing_kwargs": {}}
+    assert describe({"sentence_bert_config.json": written | {"max_seq_length": 128}}).max_length == 128

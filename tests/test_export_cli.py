@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
+import sys
 
 import pytest
 
@@ -265,6 +267,20 @@ def test_help_names_each_option(capsys):
     }
 
 
+def test_a_name_that_looks_like_markup_is_printed_as_it_is(cli, tiny_checkpoint, tmp_path):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model[v2]")
+    code, out, error = cli("--model", folder, "--out", tmp_path / "[red]" / "[" / "b]", "--variants", "fp32")
+    assert (code, error) == (0, "")
+    assert "model[v2]: " in out and f"{tmp_path}/[red]/[/b]/model.fp32.onnx" in out
+
+
+def test_a_package_that_is_missed_along_the_way_is_named(cli, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, out, error = cli("--model", tiny_checkpoint, "--out", tmp_path / "out", "--variants", "fp32")
+    assert (code, out) == (1, "")
+    assert error == "error: an export needs torch, which isn't installed; run: pip install 'bge-onnx[cpu,export]'\n"
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_exits_130_and_leaves_nothing(cli, tiny_checkpoint, tmp_path, monkeypatch, signum):
     import export.pipeline
@@ -278,5 +294,5 @@ def test_an_interrupt_exits_130_and_leaves_nothing(cli, tiny_checkpoint, tmp_pat
     monkeypatch.setattr(export.pipeline, "build_graph", interrupted)
     code, out, error = cli("--model", tiny_checkpoint, "--out", tmp_path / "out")
     assert (code, out) == (130, "")
-    assert error == "interrupted: nothing was written\n"
+    assert error == "interrupted: nothing is left half written\n"
     assert list(tmp_path.iterdir()) == []

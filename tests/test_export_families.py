@@ -21,6 +21,7 @@ from export.verify import cosines
 from runtime import Embedder, Reranker
 from runtime.session import create_session
 
+VARIANTS = ["fp32", "int8"]
 pytestmark = pytest.mark.usefixtures("few_texts")
 
 CONFIGS = {
@@ -256,6 +257,20 @@ def test_modernberts_thetas_are_read_as_transformers_5_writes_them_too():
         read(new | {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}})
 
 
+def test_a_modernbert_that_transformers_5_saved_is_that_of_before(checkpoint, tmp_path):
+    folder = checkpoint("modernbert", spread=0.2, global_rope_theta=5e3, local_rope_theta=7e2)
+    settings = json.loads((folder / "config.json").read_text())
+    kinds = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
+    rope = {kind: {"rope_type": "default", "rope_theta": settings.pop(name)} for kind, name in kinds.items()}
+    saved = shutil.copytree(folder, tmp_path / folder.name)
+    (saved / "config.json").write_text(json.dumps(settings | {"rope_parameters": rope}))
+    graphs = [
+        export_model(str(x), tmp_path / f"{i}", ["fp32"]).path / "model.fp32.onnx"
+        for i, x in enumerate((folder, saved))
+    ]
+    assert graphs[0].read_bytes() == graphs[1].read_bytes()
+
+
 def test_a_modernbert_whose_layers_are_local_in_another_order_is_refused():
     read, old = find_family("modernbert").config, CONFIGS["modernbert"]().to_dict()
     types = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
@@ -264,14 +279,18 @@ def test_a_modernbert_whose_layers_are_local_in_another_order_is_refused():
         read(old | {"layer_types": types[1:] + types[:1]})
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
-def test_bge_m3s_heads_stand_beside_other_families_too(checkpoint, tmp_path, family):
+@pytest.mark.parametrize(("family", "width"), [("bert", 32), ("distilbert", 32), ("xlm-roberta", 8)])
+def test_bge_m3s_heads_stand_beside_other_families_and_may_be_narrow(checkpoint, tmp_path, family, width):
     folder = shutil.copytree(checkpoint(family), tmp_path / "m")
-    for name, width in (("sparse_linear", 1), ("colbert_linear", 32)):
-        torch.save(torch.nn.Linear(32, width).state_dict(), folder / f"{name}.pt")
-    parity = export_model(str(folder), tmp_path / "out", ["fp32"]).manifest.variants["fp32"].parity
+    for name, dim in (("sparse_linear", 1), ("colbert_linear", width)):
+        torch.save(torch.nn.Linear(32, dim).state_dict(), folder / f"{name}.pt")
+    artifact = export_model(str(folder), tmp_path / "out", VARIANTS)
+    parity = artifact.manifest.variants["fp32"].parity
     assert parity.sparse_max_diff < 1e-4
     assert parity.colbert_cosine_min > 0.99999
+    for variant in VARIANTS:
+        found = Embedder(artifact.path, variant, "cpu").encode(["a text", ""], return_colbert_vecs=True)
+        assert [vectors.shape[1] for vectors in found["colbert_vecs"]] == [width, width]
 
 
 def test_only_words_are_rounded_to_int8_not_mpnets_biases_nor_positions(checkpoint, tmp_path):

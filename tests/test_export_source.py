@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,12 @@ def test_a_local_copy_of_a_known_model_has_its_prompts_unless_it_says_otherwise(
     assert resolve_source(str(folder)).spec.prompts == spec.prompts
     settings.write_text(json.dumps({"prompts": {"query": "find: "}}))
     assert resolve_source(str(folder)).spec.prompts == {"query": "find: "}
+
+
+def test_a_folder_of_the_hubs_cache_goes_by_the_models_name(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "models--BAAI--bge-base-en-v1.5" / "snapshots" / COMMIT
+    spec = resolve_source(str(shutil.copytree(tiny_checkpoint, folder))).spec
+    assert (spec.name, "query" in spec.prompts) == ("bge-base-en-v1.5", True)
 
 
 def test_a_near_miss_is_suggested():

@@ -51,7 +51,7 @@ def test_a_signal_in_the_middle_leaves_the_old_artifact_and_nothing_else(
     process.send_signal(signum)
     printed, error = process.communicate(timeout=60)
     assert (process.returncode, printed) == (130, "")
-    assert "interrupted: nothing was written" in error
+    assert "interrupted: nothing is left half written" in error
     assert "Traceback" not in error
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert {path for path in folder.iterdir() if path.name != "hf"} == siblings
@@ -137,6 +137,15 @@ def test_a_folder_without_permission_is_one_line(tiny_checkpoint, tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ExportError, match="permission denied; nothing was written.*another --out"):
         export_model(str(tiny_checkpoint), tmp_path / "out", ["fp32"])
+
+
+def test_a_name_too_long_is_one_line(tiny_checkpoint, tmp_path):
+    with pytest.raises(ExportError, match="file name too long; nothing was written.*another --out"):
+        export_model(str(tiny_checkpoint), tmp_path / ("x" * 300), ["fp32"])
+    with pytest.raises(ExportError, match="no such folder"):
+        export_model(f"/{'x' * 300}", tmp_path / "out", ["fp32"])
+    with pytest.raises(ExportError, match="~nobody/m: no such folder"):
+        export_model("~nobody/m", tmp_path / "out", ["fp32"])
 
 
 def test_a_parent_that_is_a_file_is_one_line(tiny_checkpoint, tmp_path):

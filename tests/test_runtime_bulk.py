@@ -193,7 +193,15 @@ def test_a_folder_that_changed_since_is_not_opened_for_bulk_work(tiny_artifact, 
     happens(folder)
     for _ in range(2):
         np.testing.assert_array_equal(embedder.encode(TEXTS), expected)
-    assert sum("no longer what was loaded" in record.message for record in caplog.records) == 1
+    assert sum("can't be opened a second time" in record.message for record in caplog.records) == 1
+
+
+def test_bulk_work_finds_the_folder_wherever_the_process_has_gone(tiny_artifact, monkeypatch):
+    monkeypatch.chdir(tiny_artifact.parent)
+    embedder = Embedder(tiny_artifact.name, "int8", "cpu", 2)
+    monkeypatch.chdir("/")
+    embedder.encode(TEXTS)
+    assert embedder._opened.narrow
 
 
 def test_threads_that_start_bulk_work_at_once_get_the_same_bits(tiny_artifact):

@@ -228,7 +228,9 @@ def test_weights_that_leave_dense_and_sparse_out_are_no_division_by_zero(m3):
 
 
 @pytest.mark.parametrize(
-    "weights", [(), (1, 1), (1, 1, 1, 1), (0, 0, 0), (1, 1, -3), (math.nan, 1, 1), "abc", ["1", "1", "1"], 7], ids=repr
+    "weights",
+    [(), (1, 1), (1, 1, 1, 1), (0, 0, 0), (1, 1, -3), (math.nan, 1, 1), "abc", ["1", "1", "1"], 7, np.array(1.0)],
+    ids=repr,
 )
 def test_bad_weights_are_refused_by_name(fp32, weights):
     with pytest.raises(InputError, match="weights_for_different_modes is"):

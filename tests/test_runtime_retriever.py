@@ -1,9 +1,11 @@
 """The retriever: what was added is found, what was saved comes back, and what goes wrong leaves the last save."""
 
+import gc
 import linecache
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -188,9 +190,9 @@ def test_a_closed_retriever_says_so(filled):
             call()
 
 
-def test_two_that_have_a_folder_open_never_spoil_it(filled, embedder, tmp_path):
+def test_two_that_have_a_folder_open_never_spoil_it(filled, embedder, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime.retriever, "PATIENCE", 0)
     first, second = filled[0], Retriever(tmp_path / "index", embedder)
-    second._texts.execute("PRAGMA busy_timeout = 1")
     first.remove(["0", "1"])
     with pytest.raises(ArtifactError, match="another process is adding to it; wait until it has saved"):
         second.add(["a text"])
@@ -498,9 +500,9 @@ def test_an_interrupt_at_any_line_spoils_nothing(embedder, tmp_path, dirty, what
     assert line > 10
 
 
-def test_a_change_that_fails_or_changes_nothing_keeps_nobody_waiting(embedder, tmp_path):
+def test_a_change_that_fails_or_changes_nothing_keeps_nobody_waiting(embedder, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime.retriever, "PATIENCE", 0)
     first, second = (Retriever(tmp_path / "index", embedder) for _ in range(2))
-    second._texts.execute("PRAGMA busy_timeout = 1")
     first.add(["a cat"], ["1"])
     first.save()
     with pytest.raises(InputError, match="'1' is somebody's id already"):
@@ -519,12 +521,20 @@ def test_a_change_that_fails_or_changes_nothing_keeps_nobody_waiting(embedder, t
 
 def _after_fork(retriever, results):
     said = []
-    for call in (lambda: retriever.retrieve("a"), lambda: retriever.add(["a"]), retriever.save, lambda: len(retriever)):
+    for call in (
+        lambda: retriever.retrieve("a"),
+        lambda: retriever.add(["a"]),
+        retriever.save,
+        lambda: len(retriever),
+        lambda: Retriever(retriever.folder, retriever._embedder),  # SQLite's locks would keep nobody out
+    ):
         try:
             call()
         except InputError as error:
             said.append(str(error))
     retriever.close()
+    retriever._texts = None
+    gc.collect()  # would close the connection, were it not kept
     results.put(said)
 
 
@@ -537,9 +547,79 @@ def test_a_forked_process_is_told_to_open_its_own(filled):
         child.start()
         said = results.get(timeout=60)
         child.join()
-    assert len(said) == 4
+    assert len(said) == 5
     assert all("open the retriever in each process" in line for line in said)
     assert filled[0].add(["a text"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_undoes_nothing_that_its_parent_has_added(embedder, tmp_path):
+    retriever = Retriever(tmp_path / "new", embedder)
+    texts = [f"{i} {'a plane ' * 1000}" for i in range(500)]  # more than SQLite holds in memory
+    retriever.add(texts)
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=_after_fork, args=(retriever, context.Queue()), daemon=True)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    retriever.add(["one more"])
+    retriever.save()
+    again = Retriever(tmp_path / "new", embedder)
+    assert [text for (text,) in again._texts.execute("SELECT text FROM texts ORDER BY key")] == [*texts, "one more"]
+
+
+def test_who_closes_before_a_fork_may_open_after_it(filled, embedder):
+    filled[0].close()
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=lambda: results.put(len(Retriever(filled[0].folder, embedder))), daemon=True)
+    child.start()
+    assert results.get(timeout=60) == 300
+    child.join()
+
+
+def test_the_folder_stays_what_it_was_wherever_the_process_goes(filled, embedder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    retriever = Retriever("index", embedder)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    retriever.add(["one more"])
+    retriever.save()
+    assert (len(Retriever(tmp_path / "index", embedder)), os.listdir()) == (301, [])
+
+
+def test_searches_go_on_while_a_change_waits_for_another_process(filled, embedder, monkeypatch):
+    monkeypatch.setattr(runtime.retriever, "PATIENCE", 1)
+    waiting = Retriever(filled[0].folder, embedder)
+    filled[0].add(["not saved yet"])
+    with ThreadPoolExecutor(1) as pool:
+        change, found = pool.submit(waiting.add, ["a text"]), 0
+        while not change.done():
+            found += len(waiting.retrieve("a plane", 1))
+        with pytest.raises(ArtifactError, match="another process is adding to it"):
+            change.result()
+        assert found > 3
+        change = pool.submit(waiting.add, ["a text"])
+        filled[0].save()
+        assert change.result() == 1
+
+
+def test_an_interrupt_within_usearch_stays_one(filled):
+    retriever = filled[0]
+    vectors = np.random.default_rng(0).normal(size=(20_000, retriever._embedder.dim)).astype(np.float32)
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt), retriever._explained():
+            while True:
+                retriever._new_index().add(np.arange(len(vectors)), vectors, threads=1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_searches_go_on_while_an_index_is_written(filled, monkeypatch):

@@ -123,7 +123,7 @@ def test_pieces_are_neither_logged_nor_refused(tokenizer, caplog):
         assert [len(rows) for rows in tokenizer.encode_chunks(["a b c d e f g", "", "a"])] == [2, 1, 1]
         assert tokenizer.encode_chunks([]) == []
     assert not caplog.records
-    with pytest.raises(InputError, match="^text 6 has a lone surrogate at character 0"):
+    with pytest.raises(InputError, match="^text 6 has a lone surrogate"):
         tokenizer.encode_chunks(["a", "\ud800"], first=5)
 
 
@@ -152,7 +152,7 @@ def test_truncation_is_logged_once_a_call_and_not_without_need(tokenizer, caplog
 @pytest.mark.parametrize("bad", ["\ud800", "fine until \udfff", "\ud83d\ude00"], ids=ascii)
 @pytest.mark.parametrize("method", [Tokenizer.encode, Tokenizer.count])
 def test_a_lone_surrogate_is_refused_by_index(tokenizer, method, bad):
-    with pytest.raises(InputError, match="^text 2 has a lone surrogate at character"):
+    with pytest.raises(InputError, match="^text 2 has a lone surrogate"):
         method(tokenizer, ["a", "b", bad])
 
 
@@ -200,7 +200,7 @@ def test_a_few_texts_at_once_or_one_give_the_ids_and_errors_of_all_at_once(tiny_
     monkeypatch.setattr("runtime.tokenizer.CHARACTERS", 20)
     tokenizer = Tokenizer(path, 8, parallel=parallel)
     assert [way(tokenizer) for way in ways] == expected
-    with pytest.raises(InputError, match="^text 10 has a lone surrogate at character 2"):
+    with pytest.raises(InputError, match="^text 10 has a lone surrogate"):
         tokenizer.encode([*texts, "ab\ud800", "\ud800"], first=2)
-    with pytest.raises(InputError, match="^pair 8 has a lone surrogate at character 2"):
+    with pytest.raises(InputError, match="^pair 8 has a lone surrogate"):
         tokenizer.encode_pairs([("a", text) for text in (*texts, "ab\ud800", "\ud800")])
