@@ -24,6 +24,9 @@ class Lanes:
         """
         self._sessions = tuple(sessions)
         self._lasting = ThreadPoolExecutor(len(self._sessions)) if lasting else None
+        self._single = len(self._sessions) == 1 and not lasting
+        if self._single:
+            return  # a queue takes 2% of a query's time to make
         # The first free lane is taken, so that a few items go to as many sessions.
         self._free: PriorityQueue[int] = PriorityQueue()
         for lane in range(len(self._sessions)):
@@ -39,8 +42,7 @@ class Lanes:
             work: Takes a session and an item.
             items: What is worked on; each is asked for when it is due.
         """
-        single = len(self._sessions) == 1 or (isinstance(items, Sequence) and len(items) < 2)
-        if single and not self._lasting:
+        if self._single or (not self._lasting and isinstance(items, Sequence) and len(items) < 2):
             yield from (work(self._sessions[0], item) for item in items)
             return
         begun: deque[Future[Done]] = deque()
