@@ -299,8 +299,9 @@ def _headline(results: Sequence[Result]) -> list[Column]:
 def _speed(results: Sequence[Result]) -> list[Column]:
     latencies = []
     for how in _callers(results):
-        median_of_several = f"of {_asked(how)} at once" if how["callers"] > 1 else _asked(how)
-        title = f"{_asked(how)}, {how['compared']}" if how["compared"] else median_of_several
+        title = _asked(how)
+        if how["callers"] > 1:
+            title = f"{title}, {how['compared']}" if how["compared"] else f"of {title} at once"
         latencies.append(Column(title, "latency", "ratio", spread, how))
     return [*_bulk(results, "ratio"), *latencies, Column("cold start", "cold", "ratio", spread)]
 

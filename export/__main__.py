@@ -12,7 +12,7 @@ def _cure(missing: ImportError) -> str:
     """What to install; a module of our own that can't be imported is no want of a package, and is raised."""
     if (missing.name or "").partition(".")[0] in ("export", "runtime"):
         raise missing
-    return f"an export needs {missing.name}, which isn't installed; run: pip install 'bge-onnx[cpu,export]'"
+    return f"an export needs a package that can't be imported ({missing}); run: pip install 'bge-onnx[cpu,export]'"
 
 
 try:

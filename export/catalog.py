@@ -63,7 +63,7 @@ OBEYED = (
     *("processing_kwargs", "query_length", "document_length", "query_expansion"),
     *("config_args", "config_kwargs", "tokenizer_args", "processor_kwargs"),
 )
-"""What sentence-transformers obeys in the same file, and we don't."""
+"""What sentence-transformers obeys in the same file, we don't, and vectors may depend on."""
 M3_HEADS = ("sparse_linear", "colbert_linear")
 """Files of BGE-M3 (with ``.pt``), which give it sparse and multi-vector outputs beside the dense one."""
 

@@ -247,6 +247,8 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> "transformers.PreTrai
     Raises:
         ExportError: transformers can't make a fast tokenizer of it, or it isn't the one that the model goes with.
     """
+    import transformers  # noqa: F401  which may not be there, whatever the tokenizer's files are
+
     try:
         tokenizer = load_tokenizer(checkpoint)
     except Exception as error:  # transformers raises all sorts
@@ -439,6 +441,7 @@ def _exchange(a: Path, b: Path) -> None:
     try:
         a.rename(b)
     except BaseException:
-        aside.rename(b)
+        if not b.exists():
+            aside.rename(b)
         raise
     aside.rename(a)

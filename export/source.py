@@ -152,6 +152,8 @@ def resolve_source(
         source_id = _folder_id(folder)
         original = find_model(source_id)  # which a local copy of it may not tell the prompts of
         spec = ModelSpec(name=source_id.rpartition("/")[2], prompts=original.prompts if original else {})
+        if original and source_id != folder.name:
+            spec = original
         origin = "folder"
     elif model.startswith((".", "/", "~")):
         raise ExportError(
@@ -217,7 +219,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> "transformers.PreTrainedTokenizerF
 def _folder_id(folder: Path) -> str:
     """What a local folder is called; one of the hub's cache, which is called after a commit, as the hub calls it."""
     cached = folder.parents[1].name if folder.parent.name == "snapshots" else ""
-    return cached.removeprefix("models--").replace("--", "/") if cached.startswith("models--") else folder.name
+    return cached.removeprefix("models--").replace("--", "/", 1) if cached.startswith("models--") else folder.name
 
 
 def _package_folder(spec: ModelSpec) -> Path | None:

@@ -132,7 +132,7 @@ def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
             except Exception as error:  # torch raises all sorts
                 raise ExportError(
                     f"{checkpoint.id}: transformers can't run it ({first_line(error)}), so nothing can be verified; "
-                    "mend the checkpoint"
+                    "mend the checkpoint, or free memory"
                 ) from error
             return first
 

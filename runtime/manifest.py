@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -126,6 +127,18 @@ class Manifest:
     def to_json(self) -> str:
         """The text of ``manifest.json``."""
         return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def real_folder(path: str | Path) -> Path:
+    """A folder's path, by which it is found wherever the process or a link to it goes.
+
+    Raises:
+        ArtifactError: It can't be a folder's.
+    """
+    try:
+        return Path(os.path.realpath(path))
+    except (OSError, ValueError) as error:  # the working directory is gone, or there is a NUL in it
+        raise ArtifactError(f"{str(path)!a}: no folder ({error}); pass another") from None
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -20,7 +20,7 @@ from runtime.batching import plan_batches, plan_threads
 from runtime.checks import NO_LIMITS, Limits, check_count
 from runtime.errors import ArtifactError, InputError, ProviderError, RunError
 from runtime.lanes import Lanes
-from runtime.manifest import TOKENIZER, Kind, Manifest, Packing, check_file, load_manifest
+from runtime.manifest import TOKENIZER, Kind, Manifest, Packing, check_file, load_manifest, real_folder
 from runtime.metrics import Hook, ignore
 from runtime.packing import Run, by_length, pack, plan_packed
 from runtime.pooling import POOLED
@@ -164,8 +164,9 @@ class Model:
             ArtifactError: The folder is not a whole, unaltered artifact of the kind, or lacks the variant.
             InputError: ``threads`` or ``max_length`` is no sensible number.
             ProviderError: The device can't be had.
+            RunError: There isn't enough memory.
         """
-        self._folder = Path(path).resolve()  # where a session that is opened later finds the same, too
+        self._folder = real_folder(path)  # where a session that is opened later finds the same, too
         self._verify, self._limits, self._hook = verify, limits, hook
         self._turns = itertools.count()
         self.manifest = load_manifest(self._folder)
@@ -185,8 +186,8 @@ class Model:
         self._opened: _Opened | None
         try:
             self._choose(variant)
-        except ProviderError as error:
-            if device != "auto":
+        except (ProviderError, OutOfMemoryError) as error:
+            if device != "auto" or not self._on_gpu:
                 raise
             say_once(f"running on the CPU: {error}")
             self._devices = ("cpu",)

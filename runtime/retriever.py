@@ -23,6 +23,7 @@ from uuid import uuid4
 from runtime.checks import check_count, check_iterable, check_texts
 from runtime.embedder import Embedder
 from runtime.errors import ArtifactError, BgeOnnxError, InputError
+from runtime.manifest import real_folder
 from runtime.reranker import Reranker, _best
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,10 @@ OPEN: "weakref.WeakSet[Retriever]" = weakref.WeakSet()
 """All that are open in this process."""
 INHERITED: set[Path] = set()
 """Folders that were open when this process was forked."""
+FORKED = (
+    "{}: opened before a fork; open the retriever in each process, after the fork, and close it before (or start the "
+    "process with multiprocessing's spawn)"
+)
 
 
 def _leave() -> None:
@@ -104,18 +109,21 @@ class Retriever:
             from usearch.index import Index
         except ImportError as error:
             raise BgeOnnxError(f"usearch can't be imported ({error}); run: pip install 'bge-onnx[retrieve]'") from None
-        self.folder = Path(folder).resolve()  # wherever the process or a link goes
+        self.folder = real_folder(folder)
         self._embedder, self._reranker = embedder, reranker
         self._model = json.dumps(embedder.manifest.source.checksums, sort_keys=True)
         self._new_index = partial(Index, ndim=embedder.dim, metric="cos", dtype="f16")
         self._writing, self._lock = threading.Lock(), threading.Lock()  # taken in this order
+        self._searches = threading.Condition(self._lock)  # never notified: who waits a while lets them through
         self._dirty = False
         """Whether there is something to save."""
         self._saving = ""
         """The index that the last ``save`` names, until something else is changed."""
         self._file: str | None = ""
         """The index that is held, of the folder's; None of an empty folder."""
-        self._check_not_inherited()
+        self._process = os.getpid()
+        if self.folder in INHERITED:
+            raise InputError(FORKED.format(self.folder))
         with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._texts = _connect(self.folder / TEXTS)
@@ -127,7 +135,8 @@ class Retriever:
             except BaseException:
                 self._texts.close()
                 raise
-        OPEN.add(self)
+        if os.access(self.folder, os.W_OK):  # what is never written to has no locks
+            OPEN.add(self)
 
     def _load(self) -> None:
         """Hold what the last ``save`` left, this process's or another's."""
@@ -234,32 +243,41 @@ class Retriever:
                 yield gone
                 self._dirty = self._dirty or self._texts.total_changes > before
             except BaseException:
-                if self._texts.in_transaction:
-                    self._texts.execute("ROLLBACK TO change" if self._dirty else "ROLLBACK")
+                if self._dirty and self._texts.in_transaction:
+                    self._texts.execute("ROLLBACK TO change")
                 self._check_kept()
                 raise
             if gone:
                 self._index.remove(gone, threads=1)
-            self._texts.execute("RELEASE change" if self._dirty else "ROLLBACK")
+            if self._dirty:
+                self._texts.execute("RELEASE change")
 
     @contextmanager
     def _begun(self) -> Iterator[None]:
         """Holds the lock within a transaction, which one process is in at a time; searches go on while this waits."""
         until = time.monotonic() + PATIENCE
-        while True:
-            with self._lock:
-                self._check_kept()
-                try:
-                    if not self._dirty:
-                        self._texts.rollback()  # of what an interrupt right here may have begun
-                        self._texts.execute("BEGIN IMMEDIATE")
-                except sqlite3.OperationalError as error:
-                    if "locked" not in str(error) or time.monotonic() > until:
-                        raise
-                else:
-                    yield
-                    return
-            time.sleep(0.01)  # for searches
+        with self._lock:
+            try:
+                while not self._begin(time.monotonic() > until):
+                    self._searches.wait(0.01)
+                yield
+            finally:
+                if not self._dirty:
+                    self._texts.rollback()  # or others would wait for nothing
+
+    def _begin(self, last: bool) -> bool:
+        """Begin a transaction, unless one goes on; False if another process is in one, the last time an error."""
+        self._check_kept()
+        if self._dirty:
+            return True
+        self._texts.rollback()  # of what an interrupt may have left begun
+        try:
+            self._texts.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if last or "locked" not in str(error):
+                raise
+            return False
+        return True
 
     def _check_kept(self) -> None:
         """Raise if SQLite has rolled back all that was added, as it does when the disk is full."""
@@ -285,7 +303,8 @@ class Retriever:
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Turns what SQLite, usearch and the system raise into our errors; before any lock, which a fork may hold."""
-        self._check_not_inherited()
+        if os.getpid() != self._process:
+            raise InputError(FORKED.format(self.folder))
         try:
             yield
         except BgeOnnxError:
@@ -301,16 +320,11 @@ class Retriever:
         except OSError as error:
             raise ArtifactError(f"{self.folder}: {error.strerror or error}; pass another folder") from None
         except (RuntimeError, ValueError, MemoryError) as error:
-            if "terminated" in str(error):  # what usearch makes of an interrupt
+            if "terminated" in str(
+                error
+            ):  # what usearch makes of an interrupt, or of what else a signal's handler raised
                 raise KeyboardInterrupt from None
             raise BgeOnnxError(f"{self.folder}: usearch failed ({error}); open the folder again") from None
-
-    def _check_not_inherited(self) -> None:
-        """Raise if the folder was open when this process was forked."""
-        if self.folder in INHERITED:
-            raise InputError(
-                f"{self.folder}: opened before a fork; open the retriever in each process, after it and not before"
-            )
 
     def retrieve(self, query: str, top_k: int = 100) -> list[Hit]:
         """The texts whose vectors are nearest to the query's, best first.
@@ -385,21 +399,33 @@ class Retriever:
                     self._texts.commit()
                 finally:
                     self._check_kept()
-                with suppress(sqlite3.Error):  # so that the folder can be copied, or opened where it can't be written
-                    ((busy, _, _),) = self._texts.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                    for file in old if not busy else ():
-                        file.unlink(missing_ok=True)
+            until = time.monotonic() + PATIENCE
+            while not self._settle(old) and time.monotonic() < until:
+                time.sleep(0.01)
+
+    def _settle(self, old: list[Path]) -> bool:
+        """Move what was committed into the database, and remove the old indexes; False while another process reads.
+
+        The folder can then be copied, or opened where it can't be written.
+        """
+        with self._lock, suppress(sqlite3.Error):
+            ((busy, _, _),) = self._texts.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            if busy:
+                return False
+            for file in old:
+                file.unlink(missing_ok=True)
+        return True
 
     def close(self) -> None:
         """Close the folder's files; what wasn't saved is lost, with a warning."""
-        if self.folder in INHERITED:
+        if os.getpid() != self._process:
             return
         with self._writing, self._lock:
-            OPEN.discard(self)
             if self._dirty:
                 logger.warning("%s: closed with texts added or removed that weren't saved, and are lost", self.folder)
             self._texts.close()
             self._dirty = False
+            OPEN.discard(self)
 
     def __enter__(self) -> Self:
         """Itself."""
@@ -414,8 +440,9 @@ class Retriever:
 
 def _connect(path: Path) -> sqlite3.Connection:
     """The texts; where the folder can't be written to, without the files that SQLite needs for locking."""
-    mode = "" if os.access(path.parent, os.W_OK) else "?immutable=1"
-    return sqlite3.connect(path.absolute().as_uri() + mode, uri=True, check_same_thread=False)
+    if os.access(path.parent, os.W_OK):
+        return sqlite3.connect(path, check_same_thread=False)
+    return sqlite3.connect(f"{path.as_uri()}?immutable=1", uri=True, check_same_thread=False)
 
 
 def _stream(what: str, items: Iterable[str]) -> Iterator[str]:

@@ -117,7 +117,9 @@ def test_a_local_copy_of_a_known_model_has_its_prompts_unless_it_says_otherwise(
 def test_a_folder_of_the_hubs_cache_goes_by_the_models_name(tiny_checkpoint, tmp_path):
     folder = tmp_path / "models--BAAI--bge-base-en-v1.5" / "snapshots" / COMMIT
     spec = resolve_source(str(shutil.copytree(tiny_checkpoint, folder))).spec
-    assert (spec.name, "query" in spec.prompts) == ("bge-base-en-v1.5", True)
+    assert (spec.name, "query" in spec.prompts) == ("bge-base", True)
+    unknown = shutil.copytree(folder, tmp_path / "models--an-org--a-fine--tune" / "snapshots" / COMMIT)
+    assert resolve_source(str(unknown)).spec.name == "a-fine--tune"
 
 
 def test_a_near_miss_is_suggested():

@@ -452,6 +452,16 @@ def test_a_reranker_is_refused(tiny_artifact, edited):
         Embedder(folder)
 
 
+def test_what_cant_be_a_folder_is_an_artifact_error(tmp_path, monkeypatch):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for path in ("a\0b", tmp_path / "loop", "relative"):
+        with pytest.raises(ArtifactError):
+            Embedder(path)
+
+
 def test_no_folder_is_an_artifact_error(tmp_path):
     with pytest.raises(ArtifactError, match="no such file; export the model first"):
         Embedder(tmp_path / "nothing")

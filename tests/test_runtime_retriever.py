@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -486,6 +487,7 @@ def test_an_interrupt_at_any_line_spoils_nothing(embedder, tmp_path, dirty, what
         if what == "save":
             add()
         interrupted = interrupted_at(line, add if what == "add" else retriever.save)
+        assert retriever._dirty or not retriever._texts.in_transaction  # for which other processes would wait
         held = {hit.id: hit.text for hit in retriever.retrieve("a")}
         assert len(held) == len(retriever)
         assert held == {"x": "a boat" if "z" in held else "a cat", "y": "a dog"} | (
@@ -548,7 +550,7 @@ def test_a_forked_process_is_told_to_open_its_own(filled):
         said = results.get(timeout=60)
         child.join()
     assert len(said) == 5
-    assert all("open the retriever in each process" in line for line in said)
+    assert all("opened before a fork; open the retriever in each process, after the fork" in line for line in said)
     assert filled[0].add(["a text"]) == 1
 
 
@@ -602,6 +604,22 @@ def test_searches_go_on_while_a_change_waits_for_another_process(filled, embedde
         change = pool.submit(waiting.add, ["a text"])
         filled[0].save()
         assert change.result() == 1
+
+
+def test_saving_waits_for_who_reads_elsewhere_so_that_the_folder_is_whole(filled):
+    other = sqlite3.connect(filled[0].folder / TEXTS, check_same_thread=False)
+    rows = other.execute("SELECT * FROM texts")
+    rows.fetchone()  # and so reads on
+    filled[0].add(["one more"])
+    with ThreadPoolExecutor(1) as pool:
+        saved = pool.submit(filled[0].save)
+        time.sleep(0.3)
+        assert filled[0].retrieve("one more", 1)[0].text == "one more"
+        rows.close()
+        saved.result()
+    assert (filled[0].folder / f"{TEXTS}-wal").stat().st_size == 0
+    assert len(list(filled[0].folder.glob("*.usearch"))) == 1
+    other.close()
 
 
 def test_an_interrupt_within_usearch_stays_one(filled):

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from runtime import ArtifactError, Embedder, ProviderError, session
-from runtime.session import choose_devices, create_session, usable_cpus
+from runtime.session import OutOfMemoryError, choose_devices, create_session, usable_cpus
 
 needs_cpu_only = pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA"
@@ -220,6 +220,21 @@ def test_without_a_gpu_cuda_is_an_error_and_auto_takes_the_cpu_and_says_so_once(
     assert [record.message for record in caplog.records if "running on the CPU" in record.message] == [
         record.message for record in caplog.records
     ][:1]
+
+
+@pytest.mark.usefixtures("cuda_build")
+def test_where_a_gpu_has_no_memory_left_auto_takes_the_cpu(tiny_artifact, caplog, monkeypatch):
+    def create(path, device, threads):
+        if device != "cpu":
+            raise OutOfMemoryError("CUDA failure 2: out of memory")
+        return create_session(path, device, threads)
+
+    monkeypatch.setattr("runtime.model.create_session", create)
+    monkeypatch.setattr("runtime.session.SAID", {})
+    assert Embedder(tiny_artifact, "fp32").encode("a text").shape == (32,)
+    assert "running on the CPU: CUDA failure 2: out of memory" in caplog.text
+    with pytest.raises(OutOfMemoryError):
+        Embedder(tiny_artifact, "fp32", "cuda")
 
 
 @pytest.mark.parametrize("device", ["tpu", "", "CPU", None, "cuda:x", "cuda:-1", [], ["cpu", "cuda"], [0], ["auto"]])
