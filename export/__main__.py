@@ -12,7 +12,8 @@ def _cure(missing: ImportError) -> str:
     """What to install; a module of our own that can't be imported is no want of a package, and is raised."""
     if (missing.name or "").partition(".")[0] in ("export", "runtime"):
         raise missing
-    return f"an export needs a package that can't be imported ({missing}); run: pip install 'bge-onnx[cpu,export]'"
+    cause = " ".join(str(missing).split())
+    return f"an export needs a package that can't be imported ({cause}); run: pip install 'bge-onnx[cpu,export]'"
 
 
 try:

@@ -1,11 +1,14 @@
 """Shared checkpoints and artifacts: the real all-MiniLM-L6-v2, and tiny random models with a tokenizer of their own."""
 
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job;
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads spin at barriers: four times as long on busy cores
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the hub; those that speak to the local one run subprocesses
 
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -31,16 +34,26 @@ def minilm(tmp_path_factory) -> Path:
     return export_model("all-minilm-l6-v2", tmp_path_factory.mktemp("artifacts") / "all-minilm-l6-v2").path
 
 
-def train_wordpiece(folder: Path, vocab_size: int = 1000) -> None:
-    """Train a small lower-casing WordPiece tokenizer, and save it as a BERT checkpoint has it."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+def most_common(items: Iterable[str], count: int) -> list[tuple[str, int]]:
+    """The most common, each with its number, the same in every run: tokenizers' trainers order equal ones by chance."""
+    return sorted(Counter(items).items(), key=lambda item: (-item[1], item[0]))[:count]
+
+
+def save_wordpiece(folder: Path, vocab_size: int = 1000) -> None:
+    """Make a small lower-casing WordPiece tokenizer of characters and words, saved as a BERT checkpoint has it."""
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    lines = (normalizer.normalize_str(line) for line in WORDS.read_text("utf-8").splitlines())
+    words = [word for line in lines for word, _ in splitter.pre_tokenize_str(line)]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, limit_alphabet=vocab_size // 2, special_tokens=special, show_progress=False
-    )
-    tokenizer.train_from_iterator(WORDS.read_text("utf-8").splitlines(), trainer)
+    characters = [character for character, _ in most_common("".join(words), vocab_size // 4)]
+    pieces = [*special, *characters, *(f"##{character}" for character in characters)]
+    longer = (word for word in words if len(word) > 1)
+    pieces += [word for word, _ in most_common(longer, vocab_size - len(pieces))]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -50,16 +63,20 @@ def train_wordpiece(folder: Path, vocab_size: int = 1000) -> None:
     save_tokenizer(folder, tokenizer, "BertTokenizerFast", names)
 
 
-def train_unigram(folder: Path, vocab_size: int = 1000) -> None:
-    """Train a small SentencePiece-like Unigram tokenizer of ASCII, and save it as an XLM-R checkpoint has it."""
+def save_unigram(folder: Path, vocab_size: int = 1000) -> None:
+    """Make a small SentencePiece-like Unigram tokenizer of ASCII, saved as an XLM-R checkpoint has it."""
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.NFKC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=special, unk_token="<unk>", show_progress=False, initial_alphabet=[]
-    )
-    tokenizer.train_from_iterator(filter(str.isascii, WORDS.read_text("utf-8").splitlines()), trainer)
+    splitter = pre_tokenizers.Metaspace()
+    lines = filter(str.isascii, WORDS.read_text("utf-8").splitlines())
+    words = [word for line in lines for word, _ in splitter.pre_tokenize_str(line)]
+    characters = most_common("".join(words), vocab_size)
+    longer = (word for word in words if len(word) > 1)
+    counts = [*characters, *most_common(longer, vocab_size - len(special) - len(characters))]
+    total = sum(count for _, count in counts)
+    vocab = [*((token, 0.0) for token in special), *((piece, math.log(count / total)) for piece, count in counts)]
+    tokenizer = Tokenizer(models.Unigram(vocab, special.index("<unk>")))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFKC(), splitter
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
@@ -80,7 +97,7 @@ def make_checkpoint(
     config,
     pooling: str | None = "mean",
     head: str = "Model",
-    tokenizer=train_wordpiece,
+    tokenizer=save_wordpiece,
     spread: float = 0.1,
 ) -> Path:
     """A checkpoint with random weights of a transformers config, a trained tokenizer, and a pooling module."""
@@ -153,7 +170,7 @@ def tiny_reranker(tmp_path_factory):
                 {"bert": tiny_bert_config, "xlm-roberta": tiny_xlmr_config}[family](num_labels=1),
                 None,
                 head="ForSequenceClassification",
-                tokenizer={"bert": train_wordpiece, "xlm-roberta": train_unigram}[family],
+                tokenizer={"bert": save_wordpiece, "xlm-roberta": save_unigram}[family],
                 spread=0.3,  # so that scores differ
             )
             made[family] = export_model(str(checkpoint), folder / "out").path, checkpoint
@@ -169,7 +186,7 @@ def tiny_m3(tmp_path_factory):
 
     from export.pipeline import export_model
 
-    folder = make_checkpoint(tmp_path_factory.mktemp("m3") / "m3", tiny_xlmr_config(), tokenizer=train_unigram)
+    folder = make_checkpoint(tmp_path_factory.mktemp("m3") / "m3", tiny_xlmr_config(), tokenizer=save_unigram)
     torch.manual_seed(1)
     for name, width in (("sparse_linear", 1), ("colbert_linear", 32)):
         torch.save(torch.nn.Linear(32, width).state_dict(), folder / f"{name}.pt")

@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from conftest import make_checkpoint, make_splade, sizes, tiny_bert_config, tiny_xlmr_config, train_unigram
+from conftest import make_checkpoint, make_splade, save_unigram, sizes, tiny_bert_config, tiny_xlmr_config
 
 from export.calibrate import collect
 from export.families import find_family, weight_finder
@@ -53,7 +53,7 @@ def checkpoint(tmp_path_factory):
         key = family, head, spread, *changes.items()
         if key not in made:
             folder = tmp_path_factory.mktemp(family) / f"{family}{head}"
-            tokenizer = {"tokenizer": train_unigram} if family in UNIGRAM else {}
+            tokenizer = {"tokenizer": save_unigram} if family in UNIGRAM else {}
             made[key] = make_checkpoint(
                 folder,
                 CONFIGS[family](**changes),

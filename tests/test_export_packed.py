@@ -19,10 +19,10 @@ import transformers
 from conftest import (
     make_checkpoint,
     make_splade,
+    save_unigram,
     sizes,
     tiny_bert_config,
     tiny_xlmr_config,
-    train_unigram,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,7 +54,7 @@ TEXTS = ["a river of light", "", "bread", "the light of the river and the bread 
 
 
 def checkpoint_of(folder, family, pooling="mean", head="Model", **changes):
-    tokenizer = {"tokenizer": train_unigram} if family == "xlm-roberta" else {}
+    tokenizer = {"tokenizer": save_unigram} if family == "xlm-roberta" else {}
     return make_checkpoint(folder / family, CONFIGS[family](**changes), pooling, head, **tokenizer)
 
 
@@ -261,7 +261,7 @@ def test_a_text_beyond_fp16_is_an_error_that_names_it_and_no_others_trouble(bert
     graph.save(folder / "model.fp16.onnx")
     embedder = Embedder(folder, "fp16", "cpu", verify=False)
     assert np.isfinite(embedder.encode(TEXTS)).all()
-    with pytest.raises(RunError, match="z ##z ##z' is beyond the range of fp16; pass variant='fp32'"):
+    with pytest.raises(RunError, match="zzz' is beyond the range of fp16; pass variant='fp32'"):
         embedder.encode([*TEXTS[:4], "bread zzz", *TEXTS[4:]])
 
 

@@ -225,7 +225,7 @@ def test_variants_that_took_each_others_place_are_refused(tiny_artifact, copied)
 
 
 def test_a_tokenizer_of_another_artifact_is_refused(tiny_artifact, tiny_reranker, copied):
-    folder, other = copied(tiny_artifact), tiny_reranker("bert")[0]
+    folder, other = copied(tiny_artifact), tiny_reranker("xlm-roberta")[0]
     shutil.copy(other / "tokenizer.json", folder)
     assert (folder / "tokenizer.json").read_bytes() != (tiny_artifact / "tokenizer.json").read_bytes()
     with pytest.raises(ArtifactError, match=r"tokenizer\.json: "):

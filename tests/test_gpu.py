@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from conftest import make_checkpoint, sizes, tiny_bert_config, tiny_xlmr_config, train_unigram
+from conftest import make_checkpoint, save_unigram, sizes, tiny_bert_config, tiny_xlmr_config
 
 from export.pipeline import export_model
 from runtime import Embedder, Reranker, session
@@ -120,7 +120,7 @@ def test_a_reranker_and_bge_m3_agree_with_the_cpu(tmp_path):
     pairs = [("a river of light", text) for text in TEXTS[:100]]
     expected = Reranker(artifact, "fp32", device="cpu").compute_score(pairs)
     np.testing.assert_allclose(Reranker(artifact, device="cuda").compute_score(pairs), expected, atol=5e-2)
-    folder = make_checkpoint(tmp_path / "m3", tiny_xlmr_config(), "cls", tokenizer=train_unigram)
+    folder = make_checkpoint(tmp_path / "m3", tiny_xlmr_config(), "cls", tokenizer=save_unigram)
     for name, width in (("sparse_linear", 1), ("colbert_linear", 32)):
         torch.save(torch.nn.Linear(32, width).state_dict(), folder / f"{name}.pt")
     parity = export_model(str(folder), tmp_path / "out", ["fp32", "fp16"]).manifest.variants["fp16"].parity

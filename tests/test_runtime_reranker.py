@@ -154,29 +154,33 @@ def sigmoid(logits):
     return 1 / (1 + np.exp(-np.array(logits, np.float64)))
 
 
-def test_normalized_scores_are_the_sigmoid_of_the_logits(tiny):
-    logits, scores = tiny.compute_score(PAIRS), tiny.compute_score(PAIRS, normalize=True)
-    assert min(logits) < 0 < max(logits)
-    np.testing.assert_allclose(scores, sigmoid(logits), rtol=1e-6)
-    one = tiny.compute_score(PAIRS[0], normalize=True)
-    assert (type(one), one) == (float, scores[0])
-
-
 @pytest.fixture
 def amplified(tiny_reranker, copied):
-    """A function that opens a reranker whose logits are multiplied."""
+    """A function that opens a reranker whose logits are multiplied, once they lie around 0."""
 
     def open_(factor: float) -> Reranker:
         folder = copied(tiny_reranker("bert")[0])
+        middle = np.median(Reranker(folder, "fp32", "cpu").compute_score(PAIRS))
         model = onnx.load(folder / "model.fp32.onnx")
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(factor, np.float32), "factor"))
+        for name, value in (("middle", middle), ("factor", factor)):
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value, np.float32), name))
         (head,) = [node for node in model.graph.node if "logits" in node.output]
-        head.output[0] = "small"
+        head.output[0] = "given"
+        model.graph.node.append(onnx.helper.make_node("Sub", ["given", "middle"], ["small"]))
         model.graph.node.append(onnx.helper.make_node("Mul", ["small", "factor"], ["logits"]))
         onnx.save(model, folder / "model.fp32.onnx")
         return Reranker(reseal(folder), "fp32")
 
     return open_
+
+
+def test_normalized_scores_are_the_sigmoid_of_the_logits(amplified):
+    small = amplified(1)
+    logits, scores = small.compute_score(PAIRS), small.compute_score(PAIRS, normalize=True)
+    assert min(logits) < 0 < max(logits)
+    np.testing.assert_allclose(scores, sigmoid(logits), rtol=1e-6)
+    one = small.compute_score(PAIRS[0], normalize=True)
+    assert (type(one), one) == (float, scores[0])
 
 
 def test_extreme_logits_are_normalized_without_overflow(amplified):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import reseal, train_wordpiece
+from conftest import reseal, save_wordpiece
 from onnx import TensorProto, helper, numpy_helper
 
 import runtime
@@ -229,7 +229,7 @@ def test_weights_outside_the_folder_are_refused(tiny_artifact, copied, tmp_path,
 def test_a_tokenizer_of_another_model_is_found_at_the_first_word_the_graph_lacks(tiny_artifact, copied, variant):
     folder = copied(tiny_artifact)
     (folder / "other").mkdir()
-    train_wordpiece(folder / "other", vocab_size=2000)
+    save_wordpiece(folder / "other", vocab_size=2000)
     (folder / "other" / "tokenizer.json").rename(folder / "tokenizer.json")
     embedder = Embedder(reseal(folder), variant, device="cpu")
     ids = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
@@ -247,7 +247,7 @@ def test_a_tokenizer_of_another_model_is_found_at_the_first_word_the_graph_lacks
 def test_a_rerankers_tokenizer_of_another_model_is_found_too(tiny_reranker, copied):
     folder = copied(tiny_reranker("bert")[0])
     (folder / "other").mkdir()
-    train_wordpiece(folder / "other", vocab_size=2000)
+    save_wordpiece(folder / "other", vocab_size=2000)
     (folder / "other" / "tokenizer.json").rename(folder / "tokenizer.json")
     reranker = Reranker(reseal(folder), device="cpu")
     ids = json.loads((folder / "tokenizer.json").read_text("utf-8"))["model"]["vocab"]
