@@ -151,9 +151,10 @@ def resolve_source(
         folder = folder.resolve()
         source_id = _folder_id(folder)
         original = find_model(source_id)  # which a local copy of it may not tell the prompts of
-        spec = ModelSpec(name=source_id.rpartition("/")[2], prompts=original.prompts if original else {})
-        if original and source_id != folder.name:
+        if original and source_id != folder.name:  # in the hub's cache, so it is no other model of that name
             spec = original
+        else:
+            spec = ModelSpec(name=source_id.rpartition("/")[2], prompts=original.prompts if original else {})
         origin = "folder"
     elif model.startswith((".", "/", "~")):
         raise ExportError(

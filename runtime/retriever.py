@@ -45,7 +45,7 @@ SELECT MAX((SELECT COALESCE(MAX(key), -1) + 1 FROM texts),
 MOST = 10_000
 """Most results of a search."""
 PATIENCE = 5.0
-"""Seconds for which a change waits until another process has saved its own."""
+"""Seconds for which a change waits until another process has saved its own, and a save for those that read."""
 OPEN: "weakref.WeakSet[Retriever]" = weakref.WeakSet()
 """All that are open in this process."""
 INHERITED: set[Path] = set()
@@ -320,9 +320,8 @@ class Retriever:
         except OSError as error:
             raise ArtifactError(f"{self.folder}: {error.strerror or error}; pass another folder") from None
         except (RuntimeError, ValueError, MemoryError) as error:
-            if "terminated" in str(
-                error
-            ):  # what usearch makes of an interrupt, or of what else a signal's handler raised
+            # What usearch makes of an interrupt, or of what else a signal's handler raised.
+            if "terminated" in str(error):
                 raise KeyboardInterrupt from None
             raise BgeOnnxError(f"{self.folder}: usearch failed ({error}); open the folder again") from None
 

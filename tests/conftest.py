@@ -100,7 +100,7 @@ def make_checkpoint(
     tokenizer=save_wordpiece,
     spread: float = 0.1,
 ) -> Path:
-    """A checkpoint with random weights of a transformers config, a trained tokenizer, and a pooling module."""
+    """A checkpoint with random weights of a transformers config, a tokenizer, and a pooling module."""
     import torch
     import transformers
 
