@@ -15,13 +15,13 @@ from export.layers import (
     activate,
     check_shape,
     checked,
-    first_states,
     give_states,
     linear,
     norm,
     of_texts,
     parameter,
     reads_first,
+    states_at,
     vocabulary_weights,
 )
 from runtime.manifest import Output, Pooling
@@ -163,7 +163,7 @@ def _layer(
     hidden, wide = config.hidden, config.intermediate
     seen, shape = x, "hidden_shape"
     if first:
-        x, shape = first_states(graph, x), graph.weight("first_shape", np.array([-1, 1, hidden], np.int64))
+        x, shape = states_at(graph, x, 0), graph.weight("first_shape", np.array([-1, 1, hidden], np.int64))
         bias = bias and graph.add("Gather", bias, graph.integers([0]), axis=2)
     heads = [
         graph.add("Reshape", linear(graph, weight, f"{layer}.{part}", states, hidden, hidden), by_text)
@@ -194,7 +194,7 @@ def _output(graph: Graph, config: EncoderConfig, weight: Weights, output: Output
         case "last_hidden_state":
             give_states(graph, x, hidden, first)
         case "logits":
-            score_head(graph, config, weight, of_texts(graph, x if first else first_states(graph, x), hidden))
+            score_head(graph, config, weight, of_texts(graph, x if first else states_at(graph, x, 0), hidden))
         case "token_weights":
             relu = graph.add("Relu", linear(graph, weight, "head.sparse", x, hidden, 1))
             graph.add("Reshape", relu, "shape", name=output)

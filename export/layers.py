@@ -37,6 +37,23 @@ def check_shape(config: Any, **least: int) -> None:  # noqa: ANN401
         raise ValueError(f"the norms' epsilon is {config.norm_eps!r:.60}, not a number")
 
 
+def check_theta(theta: object) -> None:
+    """Check the base of rotary positions.
+
+    Raises:
+        ValueError: It isn't a positive number.
+    """
+    if not isinstance(theta, float | int) or theta <= 0:
+        raise ValueError(f"rotary positions have the theta {theta!r:.60}, not a positive number")
+
+
+def rotary_tables(graph: Graph, kind: str, positions: int, size: int, theta: float) -> tuple[str, str]:
+    """Cosines and sines for heads of a size, (positions, size / 2), in float32 throughout as transformers' are."""
+    frequency = 1 / np.float32(theta) ** (np.arange(0, size, 2, dtype=np.float32) / np.float32(size))
+    angle = np.arange(positions, dtype=np.float32)[:, None] * frequency
+    return graph.weight(f"{kind}.cos", np.cos(angle)), graph.weight(f"{kind}.sin", np.sin(angle))
+
+
 def linear(
     graph: Graph,
     weight: Weights,
@@ -69,20 +86,20 @@ def reads_first(outputs: Sequence[Output], pooling: Pooling | None, head: Poolin
     return pooled_by.get(tuple(outputs)) == "cls"
 
 
-def first_states(graph: Graph, x: str) -> str:
-    """Of flat tokens each text's first, (batch, width)."""
-    first = graph.add("Gather", graph.add("Reshape", x, "hidden_shape"), graph.integers([0]), axis=1)
-    return graph.add("Reshape", first, "flat_shape")
+def states_at(graph: Graph, x: str, place: int) -> str:
+    """Of flat tokens each text's at a place, such as 0 for the first and -1 for the last, (batch, width)."""
+    states = graph.add("Gather", graph.add("Reshape", x, "hidden_shape"), graph.integers([place]), axis=1)
+    return graph.add("Reshape", states, "flat_shape")
 
 
-def of_texts(graph: Graph, first: str, width: int, name: str = "") -> str:
-    """Texts' first states as (batch, width), which they are not where an int8 graph keeps tokens as they come."""
-    return graph.add("Reshape", first, graph.weight("texts_shape", np.array([-1, width], np.int64)), name=name)
+def of_texts(graph: Graph, x: str, width: int, name: str = "") -> str:
+    """A state of each text as (batch, width), which it is not where an int8 graph keeps tokens as they come."""
+    return graph.add("Reshape", x, graph.weight("texts_shape", np.array([-1, width], np.int64)), name=name)
 
 
-def give_states(graph: Graph, x: str, width: int, first: bool) -> None:
-    """Emit the flat last states ``x`` as the graph's output; of each text's ``first`` alone, as its vector."""
-    if first:
+def give_states(graph: Graph, x: str, width: int, one: bool) -> None:
+    """Emit the flat last states ``x`` as the graph's output; if it is ``one`` of each text, as the text's vector."""
+    if one:
         graph.outputs.append(float_value(of_texts(graph, x, width, POOLED), "batch", width))
     else:
         states = graph.add("Reshape", x, "hidden_shape", name="last_hidden_state")

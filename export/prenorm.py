@@ -13,13 +13,15 @@ from export.layers import (
     Weights,
     activate,
     check_shape,
-    first_states,
+    check_theta,
     give_states,
     linear,
     norm,
     of_texts,
     parameter,
     reads_first,
+    rotary_tables,
+    states_at,
     vocabulary_weights,
 )
 from runtime.manifest import Output, Pooling
@@ -64,9 +66,8 @@ class PrenormConfig:
             ValueError: As ``check_shape``, or a theta isn't a positive number.
         """
         check_shape(self, global_every=1, window=0)
-        for theta in (self.global_theta, self.local_theta):
-            if not isinstance(theta, float | int) or theta <= 0:
-                raise ValueError(f"rotary positions have the theta {theta!r:.60}, not a positive number")
+        check_theta(self.global_theta)
+        check_theta(self.local_theta)
 
 
 def build_prenorm(
@@ -91,9 +92,10 @@ def build_prenorm(
     graph.weight("flat_shape", np.array([-1, config.hidden], np.int64))
     shape = graph.add("Shape", "input_ids", name="shape")
     graph.add("Concat", shape, graph.integers([config.hidden]), name="hidden_shape", axis=0)
-    _rotary(graph, config, "global", config.global_theta)
+    head = config.hidden // config.heads
+    rotary_tables(graph, "global", config.positions, head, config.global_theta)
     if config.global_every > 1:
-        _rotary(graph, config, "local", config.local_theta)
+        rotary_tables(graph, "local", config.positions, head, config.local_theta)
         _windows(graph, config)
     x = graph.add("Gather", parameter(graph, weight, "embeddings.word", config.vocab, config.hidden), "input_ids")
     x = _norm(graph, config, weight, "embeddings.norm", graph.add("Reshape", x, "flat_shape"))
@@ -104,15 +106,6 @@ def build_prenorm(
     for output in outputs:
         _output(graph, config, weight, output, x, first)
     return graph
-
-
-def _rotary(graph: Graph, config: PrenormConfig, kind: str, theta: float) -> None:
-    """Cosines and sines of a kind of layer, (positions, head / 2), in float32 throughout as transformers' are."""
-    size = config.hidden // config.heads
-    frequency = 1 / np.float32(theta) ** (np.arange(0, size, 2, dtype=np.float32) / np.float32(size))
-    angle = np.arange(config.positions, dtype=np.float32)[:, None] * frequency
-    graph.weight(f"{kind}.cos", np.cos(angle))
-    graph.weight(f"{kind}.sin", np.sin(angle))
 
 
 def _windows(graph: Graph, config: PrenormConfig) -> None:
@@ -162,7 +155,7 @@ def _layer(graph: Graph, config: PrenormConfig, weight: Weights, i: int, x: str,
     for part, side in (("query", "query"), ("key", "key"), ("value", "key")):
         states, shape, turned = seen, "hidden_shape", part != "value"
         if first and part == "query" and not local:
-            states, turned = first_states(graph, seen), False  # place 0 turns nothing
+            states, turned = states_at(graph, seen, 0), False  # place 0 turns nothing
             shape = graph.weight("first_shape", np.array([-1, 1, hidden], np.int64))
         head = linear(graph, weight, f"{layer}.{part}", states, hidden, hidden, bias=config.attention_bias)
         head = graph.add("Gather", head, f"{side}.rows") if local else graph.add("Reshape", head, shape)
@@ -177,8 +170,8 @@ def _layer(graph: Graph, config: PrenormConfig, weight: Weights, i: int, x: str,
     if local:
         attended = graph.add("Gather", attended, "unblocked")
     if first:
-        x = first_states(graph, x)
-        attended = first_states(graph, attended) if local else attended
+        x = states_at(graph, x, 0)
+        attended = states_at(graph, attended, 0) if local else attended
     attended = linear(graph, weight, f"{layer}.attention", attended, hidden, hidden, bias=config.attention_bias)
     x = graph.add("Add", x, attended)
     seen = _norm(graph, config, weight, f"{layer}.norm", x)
@@ -197,7 +190,7 @@ def _output(graph: Graph, config: PrenormConfig, weight: Weights, output: Output
             if config.head_pooling == "mean":
                 x = graph.add("ReduceMean", graph.add("Reshape", x, "hidden_shape"), axes=[1], keepdims=0)
             else:
-                x = of_texts(graph, x if first else first_states(graph, x), config.hidden)
+                x = of_texts(graph, x if first else states_at(graph, x, 0), config.hidden)
             x = _head(graph, config, weight, "head", x)
             linear(graph, weight, "head.out", x, config.hidden, 1, output=output)
             graph.outputs.append(float_value(output, "batch", 1))

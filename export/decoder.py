@@ -1,0 +1,158 @@
+"""The causal decoder with rotary positions, RMS norms and gated linears that Qwen and Mistral share, as an embedder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import TensorProto
+
+from export.errors import ExportError
+from export.graph import MICROSOFT, Graph, int_value
+from export.layers import (
+    Activation,
+    Weights,
+    activate,
+    check_shape,
+    check_theta,
+    give_states,
+    linear,
+    parameter,
+    rotary_tables,
+    states_at,
+)
+from runtime.manifest import Output, Pooling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    """The shape of a causal decoder with rotary positions and grouped-query attention (Qwen, Mistral)."""
+
+    layers: int
+    hidden: int
+    heads: int
+    key_heads: int
+    """Of keys and of values; so many groups of the other heads share one each."""
+    head: int
+    """Dimensions of a head."""
+    intermediate: int
+    vocab: int
+    positions: int
+    """Longest text, in tokens."""
+    theta: float
+    """Base of the rotary positions."""
+    window: int | None = None
+    """How many tokens one sees, with itself; None is all before it."""
+    activation: Activation
+    norm_eps: float
+    head_norm: bool = False
+    """Whether each head's query and key have a norm of their own (Qwen3)."""
+    bias: bool = False
+    """Of the linears for queries, keys and values."""
+    attention_bias: bool = False
+    """Of the linear behind attention."""
+
+    def __post_init__(self) -> None:
+        """Check what a spoilt ``config.json`` may hold.
+
+        Raises:
+            ValueError: As ``check_shape`` and ``check_theta``, or heads that ``GroupQueryAttention`` can't take.
+        """
+        check_shape(self, key_heads=1, head=1, **({} if self.window is None else {"window": 1}))
+        if self.heads % self.key_heads:
+            raise ValueError(f"{self.heads} attention heads can't share {self.key_heads} keys evenly")
+        if self.head % 16:
+            raise ValueError(f"heads of {self.head} dimensions, which ONNX Runtime takes in multiples of 16 alone")
+        check_theta(self.theta)
+
+
+def build_decoder(
+    config: DecoderConfig,
+    weight: Weights,
+    outputs: Sequence[Output] = ("last_hidden_state",),
+    pooling: Pooling | None = None,
+) -> Graph:
+    """The decoder in fp32, from ``input_ids`` int64 (batch, tokens) to its last states.
+
+    There is no mask but the causal one, since the runtime never pads. ``GroupQueryAttention`` turns queries and keys by
+    their positions itself, takes half the time of the other operators on long texts, of which it computes both halves
+    of no score matrix, and memory that grows with the tokens alone.
+
+    Args:
+        config: The decoder's shape.
+        weight: The checkpoint's, by our names.
+        outputs: What the graph gives: ``last_hidden_state``.
+        pooling: How it pools; by ``last_token`` it gives ``sentence_embedding`` (batch, hidden), and its last layer
+            makes no other states behind its attention.
+
+    Raises:
+        ExportError: Other outputs.
+    """
+    if tuple(outputs) != ("last_hidden_state",):
+        raise ExportError(f"{outputs[0]} can't be built of a decoder; see docs/families.md")
+    graph = Graph(inputs=[int_value("input_ids", "batch", "tokens")])
+    graph.weight("flat_shape", np.array([-1, config.hidden], np.int64))
+    shape = graph.add("Shape", "input_ids", name="shape")
+    widths = {"hidden": config.hidden, "query": config.heads * config.head, "key": config.key_heads * config.head}
+    for part, width in widths.items():
+        graph.add("Concat", shape, graph.integers([width]), name=f"{part}_shape", axis=0)
+    _lengths(graph, shape)
+    rotary_tables(graph, "rotary", config.positions, config.head, config.theta)
+    x = graph.add("Gather", parameter(graph, weight, "embeddings.word", config.vocab, config.hidden), "input_ids")
+    x = graph.add("Reshape", x, "flat_shape")
+    last = pooling == "last_token"
+    for i in range(config.layers):
+        x = _layer(graph, config, weight, f"layer.{i}", x, last=last and i == config.layers - 1)
+    give_states(graph, _norm(graph, config, weight, "norm", x, config.hidden), config.hidden, last)
+    return graph
+
+
+def _lengths(graph: Graph, shape: str) -> None:
+    """Name what ``GroupQueryAttention`` asks of texts, all of one length: ``last_places``, (batch,), and ``total``."""
+    tokens = graph.add("Gather", shape, graph.integers(1))
+    graph.add("Cast", tokens, name="total", to=TensorProto.INT32)
+    last = graph.add("Cast", graph.add("Sub", tokens, graph.integers(1)), to=TensorProto.INT32)
+    graph.add("Expand", last, graph.add("Slice", shape, graph.integers([0]), graph.integers([1])), name="last_places")
+
+
+def _layer(graph: Graph, config: DecoderConfig, weight: Weights, layer: str, x: str, *, last: bool = False) -> str:
+    """All states from those before; or, from all of those, the last of each text."""
+    hidden, wide, width = config.hidden, config.intermediate, config.heads * config.head
+    seen = _norm(graph, config, weight, f"{layer}.attention_norm", x, hidden)
+    heads = [_heads(graph, config, weight, layer, part, seen) for part in ("query", "key", "value")]
+    attended = graph.add(
+        "GroupQueryAttention",
+        *heads,
+        *("", "", "last_places", "total", "rotary.cos", "rotary.sin"),
+        domain=MICROSOFT,
+        num_heads=config.heads,
+        kv_num_heads=config.key_heads,
+        do_rotary=1,
+        local_window_size=config.window or -1,
+    )
+    if last:
+        x = states_at(graph, x, -1)
+        attended = graph.add("Gather", attended, graph.integers([-1]), axis=1)
+    attended = graph.add("Reshape", attended, graph.integers([-1, width]))
+    attended = linear(graph, weight, f"{layer}.attention", attended, width, hidden, bias=config.attention_bias)
+    x = graph.add("Add", x, attended)
+    seen = _norm(graph, config, weight, f"{layer}.norm", x, hidden)
+    gate = activate(graph, config.activation, linear(graph, weight, f"{layer}.gate", seen, hidden, wide, bias=False))
+    gated = graph.add("Mul", gate, linear(graph, weight, f"{layer}.up", seen, hidden, wide, bias=False))
+    return graph.add("Add", x, linear(graph, weight, f"{layer}.down", gated, wide, hidden, bias=False))
+
+
+def _heads(graph: Graph, config: DecoderConfig, weight: Weights, layer: str, part: str, x: str) -> str:
+    """The heads of queries, keys or values side by side, (batch, tokens, width)."""
+    side = "query" if part == "query" else "key"
+    width = (config.heads if part == "query" else config.key_heads) * config.head
+    heads = linear(graph, weight, f"{layer}.{part}", x, config.hidden, width, bias=config.bias)
+    if config.head_norm and part != "value":
+        heads = graph.add("Reshape", heads, graph.integers([-1, config.head]))
+        heads = _norm(graph, config, weight, f"{layer}.{part}_norm", heads, config.head)
+    return graph.add("Reshape", heads, f"{side}_shape")
+
+
+def _norm(graph: Graph, config: DecoderConfig, weight: Weights, name: str, x: str, width: int) -> str:
+    """RMS normalisation (arXiv:1910.07467), by ONNX Runtime's operator for it."""
+    scale = parameter(graph, weight, f"{name}.weight", width)
+    return graph.add("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=config.norm_eps)

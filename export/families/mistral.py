@@ -1,0 +1,16 @@
+"""Mistral: bge-en-icl, e5-mistral."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from export.decoder import DecoderConfig
+from export.families import qwen2
+
+
+def config(hf: Mapping[str, Any]) -> DecoderConfig:
+    """Read ``config.json`` (transformers' ``MistralConfig``): no biases, and perhaps a window in all layers."""
+    return dataclasses.replace(qwen2.config(hf), bias=False, window=hf.get("sliding_window", 4096))
+
+
+FAMILY = dataclasses.replace(qwen2.FAMILY, config=config)
