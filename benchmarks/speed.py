@@ -357,21 +357,27 @@ def _precision(job: Job) -> str:
 
 
 def _shape(subject: Subject) -> tuple[dict[str, Any], int, int, int]:
-    """An encoder's ``config.json``, its width, layers and the widths within its FFN together; 0 what isn't known."""
+    """A model's ``config.json``, its width, layers and the widths within its FFN together; 0 what isn't known."""
     path = (subject.checkpoint or Path()) / "config.json"
     config = json.loads(path.read_text("utf-8")) if subject.checkpoint and path.exists() else {}
     hidden = config.get("hidden_size", config.get("dim", 0))
     layers = config.get("num_hidden_layers", config.get("n_layers", 0))
     inner = config.get("intermediate_size", config.get("hidden_dim", 0))
-    gated = config.get("model_type") == "modernbert"
+    gated = config.get("model_type") == "modernbert" or "num_key_value_heads" in config
     return config, hidden, layers, (3 if gated else 2) * inner
 
 
 def _operations(subject: Subject, tokens: Sequence[int]) -> float:
-    """Multiplications and additions in the matrix products of an encoder; 0 if its shape isn't known."""
+    """Multiplications and additions in the matrix products of a model; 0 if its shape isn't known."""
     config, hidden, layers, inner = _shape(subject)
     if not (hidden and layers and inner):
         return 0
+    if keys := config.get("num_key_value_heads"):  # a decoder, whose tokens see those before them
+        heads = config["num_attention_heads"]
+        head = config.get("head_dim") or hidden // heads
+        seen = sum(count * (count + 1) for count in tokens) / 2
+        linears = hidden * (2 * (heads + keys) * head + inner) * sum(tokens)
+        return float(layers * 2 * (linears + 2 * heads * head * seen))
     modern = config.get("model_type") == "modernbert"  # most of its layers see a window of tokens alone
     wide = -(-layers // config.get("global_attn_every_n_layers", 3)) if modern else layers
     window = config.get("local_attention", 128)

@@ -12,15 +12,18 @@ from export.source import resolve_source
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 XLMR = LARGE | {"vocab_size": 30522, "max_position_embeddings": 514, "type_vocab_size": 1, "num_labels": 1}
+QWEN3 = {"vocab_size": 151669, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128}
+QWEN3 |= {"num_attention_heads": 16, "num_key_value_heads": 8, "rope_theta": 1e6}
 SHAPES = {
     "base": lambda: transformers.BertModel(transformers.BertConfig()),  # the defaults are BERT-base's
     "large": lambda: transformers.BertModel(transformers.BertConfig(**LARGE)),
     "reranker-large": lambda: transformers.XLMRobertaForSequenceClassification(transformers.XLMRobertaConfig(**XLMR)),
+    "qwen3": lambda: transformers.Qwen3Model(transformers.Qwen3Config(**QWEN3)),
 }
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", type=Path, help="is made")
-parser.add_argument("--shape", choices=SHAPES, default="base", help="bge-base's, bge-large's or bge-reranker-large's")
+parser.add_argument("--shape", choices=SHAPES, default="base", help="bge-base's, …, qwen3-embedding-0.6b's")
 parser.add_argument("--tokenizer", default="all-minilm-l6-v2", help="the model whose tokenizer it gets")
 options = parser.parse_args()
 
@@ -38,7 +41,8 @@ if options.shape == "reranker-large":  # it has no token types, which a BERT's t
     taken = {"model_input_names": ["input_ids", "attention_mask"]}
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | taken), "utf-8")
 else:
-    pooling = {"pooling_mode_cls_token": True, "word_embedding_dimension": model.config.hidden_size}
+    mode = "lasttoken" if options.shape == "qwen3" else "cls_token"
+    pooling = {f"pooling_mode_{mode}": True, "word_embedding_dimension": model.config.hidden_size}
     kinds = "Transformer", "Pooling"
     modules = [
         {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": f"sentence_transformers.models.{kind}"}

@@ -22,6 +22,8 @@ from export.layers import (
 )
 from runtime.manifest import Output, Pooling
 
+PARTS = ("query", "key", "value")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
@@ -74,8 +76,8 @@ def build_decoder(
     """The decoder in fp32, from ``input_ids`` int64 (batch, tokens) to its last states.
 
     There is no mask but the causal one, since the runtime never pads. ``GroupQueryAttention`` turns queries and keys by
-    their positions itself, takes half the time of the other operators on long texts, of which it computes both halves
-    of no score matrix, and memory that grows with the tokens alone.
+    their positions itself. On long texts it takes half the time of ONNX Runtime's other operators for attention, and
+    memory that grows with the tokens, not with their square.
 
     Args:
         config: The decoder's shape.
@@ -118,17 +120,7 @@ def _layer(graph: Graph, config: DecoderConfig, weight: Weights, layer: str, x: 
     """All states from those before; or, from all of those, the last of each text."""
     hidden, wide, width = config.hidden, config.intermediate, config.heads * config.head
     seen = _norm(graph, config, weight, f"{layer}.attention_norm", x, hidden)
-    heads = [_heads(graph, config, weight, layer, part, seen) for part in ("query", "key", "value")]
-    attended = graph.add(
-        "GroupQueryAttention",
-        *heads,
-        *("", "", "last_places", "total", "rotary.cos", "rotary.sin"),
-        domain=MICROSOFT,
-        num_heads=config.heads,
-        kv_num_heads=config.key_heads,
-        do_rotary=1,
-        local_window_size=config.window or -1,
-    )
+    attended = _attention(graph, config, [_heads(graph, config, weight, layer, part, seen) for part in PARTS])
     if last:
         x = states_at(graph, x, -1)
         attended = graph.add("Gather", attended, graph.integers([-1]), axis=1)
@@ -150,6 +142,26 @@ def _heads(graph: Graph, config: DecoderConfig, weight: Weights, layer: str, par
         heads = graph.add("Reshape", heads, graph.integers([-1, config.head]))
         heads = _norm(graph, config, weight, f"{layer}.{part}_norm", heads, config.head)
     return graph.add("Reshape", heads, f"{side}_shape")
+
+
+def _attention(graph: Graph, config: DecoderConfig, heads: Sequence[str]) -> str:
+    """What tokens get of those before them, of queries, keys and values; (batch, tokens, width)."""
+    attended = graph.add(
+        "GroupQueryAttention",
+        *heads,
+        *("", "", "last_places", "total", "rotary.cos", "rotary.sin"),
+        domain=MICROSOFT,
+        num_heads=config.heads,
+        kv_num_heads=config.key_heads,
+        do_rotary=1,
+        local_window_size=config.window or -1,
+    )
+    # Only if it gives its cache does it take the flash path; and only what is read is freed before the run ends.
+    cache = [f"{attended}.keys", f"{attended}.values"]
+    graph.nodes[-1].output.extend(cache)
+    batch, tokens = (graph.add("Shape", x, start=i, end=i + 1) for x, i in zip(cache, (0, 2), strict=True))
+    shape = graph.add("Concat", batch, tokens, graph.integers([config.heads * config.head]), axis=0)
+    return graph.add("Reshape", attended, shape)
 
 
 def _norm(graph: Graph, config: DecoderConfig, weight: Weights, name: str, x: str, width: int) -> str:

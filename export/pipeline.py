@@ -143,7 +143,8 @@ def export_model(
         reference = reference_answers(checkpoint, questions)
         described = {}
         if "fp32" in variants:
-            described["fp32"] = write_variant("fp32", graph, stage)
+            on_cuda = encoder is None or encoder[0].cuda
+            described["fp32"] = write_variant("fp32", graph, stage, providers=PROVIDERS["fp32" if on_cuda else "int8"])
         if "int8" in variants:
             progress("calibrating int8", 0.4)
             rounding = lambda share: progress("rounding int8", 0.5 + share * 0.2)  # noqa: E731
@@ -156,11 +157,12 @@ def export_model(
                 "int8",
                 quantize_graph(graph, quantized),
                 stage,
+                providers=PROVIDERS["int8"],
                 quantization=f"static W8A8, smoothed, GPTQ, per channel, calibrated on {len(texts)} texts",
                 fp32_linears=tuple(x.output for x in find_linears(graph) if x.input not in quantized),
             )
         if packed:
-            described["fp16"] = write_variant("fp16", packed, stage, packing=packing)
+            described["fp16"] = write_variant("fp16", packed, stage, providers=PROVIDERS["fp16"], packing=packing)
         manifest = write_manifest(checkpoint, stage, described, special_ids(tokenizer))
         proven = {}
         for i, variant in enumerate(variants):
@@ -212,7 +214,7 @@ def build_fp16(checkpoint: Checkpoint, encoder: Encoder | None) -> tuple[Graph, 
     if encoder is None or pack is None:
         raise ExportError(
             f"{checkpoint.id}: fp16 isn't built for {checkpoint.spec.architecture!r} yet; leave it out with --variants "
-            "fp32,int8 (fp32 runs on CUDA too)"
+            f"fp32,int8{'' if encoder and not encoder[0].cuda else ' (fp32 runs on CUDA too)'}"
         )
     spec, (family, config) = checkpoint.spec, encoder
     graph = pack(config, weight_finder(family, checkpoint.weights()), spec.outputs, spec.pooling)
@@ -288,7 +290,6 @@ def write_variant(name: str, graph: Graph, stage: Path, **described: Any) -> Var
         file=f"model.{name}.onnx",
         data=data.name if data else None,
         opset=graph.opsets[""],
-        providers=PROVIDERS[name],
         cpu_safety="any: weights can't saturate on x86 without VNNI" if name == "int8" else "any",
         parity=None,
         **described,

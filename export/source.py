@@ -200,6 +200,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> "transformers.PreTrainedTokenizerF
     """
     import transformers  # slow to import
 
+    transformers.logging.set_verbosity_error()  # it warns of Mistral's pattern whatever large vocabulary it reads
     folder = checkpoint.folder
     settings = read_json(folder / "tokenizer_config.json", {})
     whole = (folder / "tokenizer.json").exists()

@@ -104,7 +104,6 @@ def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
     import torch  # slow to import
     import transformers
 
-    transformers.logging.set_verbosity_error()
     spec, folder = checkpoint.spec, str(checkpoint.folder)
     answers = Answers()
     with warnings.catch_warnings(), torch.inference_mode():
@@ -163,10 +162,12 @@ def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
 
 
 def _thetas(config: Mapping[str, Any]) -> dict[str, float]:
-    """ModernBERT's, which transformers 5 writes where earlier ones, that they are asked of, don't look."""
-    names = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
-    kinds = (config.get("rope_parameters") or {}).items() if config.get("model_type") == "modernbert" else ()
-    return {names[kind]: rope["rope_theta"] for kind, rope in kinds if "rope_theta" in rope}
+    """Bases of rotary positions, which transformers 5 writes where earlier ones, that they are asked of, don't look."""
+    rope = config.get("rope_parameters") or {}
+    if config.get("model_type") == "modernbert":
+        names = {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"}
+        return {names[kind]: given["rope_theta"] for kind, given in rope.items() if "rope_theta" in given}
+    return {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
 
 
 def _pair_inputs(tokenizer: Any, pair: tuple[str, str], max_length: int) -> Any:  # noqa: ANN401
@@ -292,7 +293,8 @@ def verify_variant(artifact: Path, variant: str, reference: Answers, texts: list
 _CURES = {
     "fp32": "the graph or the tokenizer differs from the original, please report the model",
     "fp16": "the model needs more than fp16's range or precision, leave it out with --variants fp32,int8",
-    "int8": "pass --calibration with a file of your own texts, or leave int8 out with --variants fp32",
+    "int8": "pass --calibration with a file of your own texts, or (an embedder's) --min-cosine 0.99, which keeps some "
+    "linears in fp32, or leave int8 out with --variants fp32",
 }
 
 

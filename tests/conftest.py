@@ -84,6 +84,21 @@ def save_unigram(folder: Path, vocab_size: int = 1000) -> None:
     save_tokenizer(folder, tokenizer, "XLMRobertaTokenizerFast", names)
 
 
+def save_bytes(folder: Path) -> None:
+    """Make a byte-level BPE tokenizer without merges, which ends each text with a token, as Qwen3-Embedding's."""
+    end = "<|endoftext|>"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([end])
+    template = processors.TemplateProcessing(
+        single=f"$A {end}", pair=f"$A {end} $B {end}", special_tokens=[(end, len(alphabet))]
+    )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    save_tokenizer(folder, tokenizer, "Qwen2TokenizerFast", {"eos": end, "pad": end})
+
+
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, kind: str, names: dict[str, str]) -> None:
     """Save a tokenizer with transformers' settings, for texts of 64 tokens."""
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -415,7 +415,7 @@ def test_what_torch_loads_is_one_format(tmp_path):
     assert size_mb(dataclasses.replace(job, source=str(tmp_path / "onnx"))) == 4
 
 
-def test_operations_of_modernbert_count_its_gate_and_its_window(tmp_path):
+def test_operations_count_modernberts_gate_and_window_and_a_decoders_groups(tmp_path):
     config = {"hidden_size": 4, "num_hidden_layers": 4, "intermediate_size": 8}
     subject = SimpleNamespace(checkpoint=tmp_path)
 
@@ -426,6 +426,8 @@ def test_operations_of_modernbert_count_its_gate_and_its_window(tmp_path):
     assert operations() == 4 * (2 * (4 * 16 + 2 * 32) * 10 + 4 * 4 * 100)
     modern = operations(model_type="modernbert", global_attn_every_n_layers=3, local_attention=4)
     assert modern == 4 * 2 * (4 * 16 + 3 * 32) * 10 + 4 * 4 * (2 * 100 + 2 * 40)  # layers 0 and 3 see all
+    decoder = operations(num_attention_heads=2, num_key_value_heads=1, head_dim=3)
+    assert decoder == 4 * 2 * ((2 * 24 + 2 * 12 + 3 * 32) * 10 + 2 * 6 * 55)  # pairs of a token and one up to it
 
 
 def test_what_nobody_reads_of_a_last_layer_counts_for_the_others_alone(tmp_path):

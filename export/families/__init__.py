@@ -27,6 +27,7 @@ class Family:
         prefix: What a checkpoint with a head puts before the encoder's weight names.
         build: The emitter, from its configuration, the weights, the outputs and the pooling to the graph.
         pack: The emitter of fp16 for CUDA, from the same, or None where there is none.
+        cuda: Whether the fp32 graph runs on CUDA, too.
     """
 
     config: Callable[[Mapping[str, object]], Any]
@@ -34,6 +35,7 @@ class Family:
     prefix: str
     build: Callable[..., Graph] = build_encoder
     pack: Callable[..., Graph] | None = build_packed
+    cuda: bool = True
 
 
 M3 = {"head.sparse.{p}": "sparse_linear.{p}", "colbert.{p}": "colbert_linear.{p}"}

@@ -55,4 +55,4 @@ WEIGHTS = {
     "norm.{p}": "norm.{p}",
 }
 
-FAMILY = Family(config=config, weights=WEIGHTS, prefix="model.", build=build_decoder, pack=None)
+FAMILY = Family(config=config, weights=WEIGHTS, prefix="model.", build=build_decoder, pack=None, cuda=False)

@@ -1,0 +1,204 @@
+"""Decoders as embedders: transformers' vectors, the same bits in any batch, and memory that grows as a text does."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import make_checkpoint, save_bytes, sizes
+
+from export.calibrate import collect
+from export.errors import ExportError
+from export.families import find_family, weight_finder
+from export.pipeline import export_model
+from export.quantize import find_linears, quantize_graph, quantize_linears
+from export.source import resolve_source
+from runtime import Embedder, ProviderError
+from runtime.session import create_session
+
+pytestmark = pytest.mark.usefixtures("few_texts")
+
+SIZES = sizes(hidden_size=64, num_key_value_heads=2, max_position_embeddings=512)
+CONFIGS = {
+    "qwen2": lambda **changes: transformers.Qwen2Config(**SIZES | changes),
+    "qwen3": lambda **changes: transformers.Qwen3Config(**SIZES | {"head_dim": 32} | changes),
+    "mistral": lambda **changes: transformers.MistralConfig(**SIZES | changes),
+}
+SHAPES = [
+    *((family, {}) for family in CONFIGS),
+    ("qwen3", {"attention_bias": True, "rope_theta": 1e6}),
+    ("qwen2", {"num_key_value_heads": 4, "hidden_act": "gelu"}),
+    ("mistral", {"sliding_window": 7, "head_dim": 48, "num_key_value_heads": 1}),
+    ("mistral", {"sliding_window": None}),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A function that makes a decoder's checkpoint, once for each, which pools by its last token."""
+    made = {}
+
+    def make(family: str, pooling: str | None = "last_token", head: str = "Model", **changes):
+        key = family, pooling, head, *changes.items()
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family) / family
+            made[key] = make_checkpoint(folder, CONFIGS[family](**changes), pooling, head, tokenizer=save_bytes)
+        return made[key]
+
+    return make
+
+
+def graph_of(folder, pooling):
+    """What is built of a checkpoint with a pooling."""
+    source = resolve_source(str(folder))
+    family = find_family(source.config["model_type"])
+    weight = weight_finder(family, source.weights())
+    return family.build(family.config(source.config), weight, ("last_hidden_state",), pooling)
+
+
+def opened(graph, path):
+    """A session of a graph."""
+    graph.save(path)
+    return create_session(path, "cpu", 2)
+
+
+@pytest.mark.parametrize(("family", "changes"), SHAPES)
+def test_a_decoder_is_built_and_has_the_vectors_of_transformers(checkpoint, tmp_path, family, changes):
+    artifact = export_model(str(checkpoint(family, **changes)), tmp_path / "out")
+    manifest = artifact.manifest
+    assert manifest.variants["fp32"].parity.cosine_min > 0.99999
+    assert manifest.variants["int8"].parity.cosine_mean > 0.99
+    assert (manifest.kind, manifest.pooling, manifest.dim) == ("embedder", "last_token", 64)
+    assert Embedder(artifact.path).encode(["a text", ""]).shape == (2, 64)
+
+
+@pytest.mark.parametrize(("family", "changes"), SHAPES)
+@pytest.mark.parametrize("tokens", [1, 2, 17, 300])
+def test_all_states_are_those_of_transformers(checkpoint, tmp_path, family, changes, tokens):
+    folder = checkpoint(family, **changes)
+    ids = np.random.default_rng(tokens).integers(0, 900, (3, tokens))
+    ours = opened(graph_of(folder, "mean"), tmp_path / "m.onnx").run(None, {"input_ids": ids})[0]
+    model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        theirs = model(torch.tensor(ids)).last_hidden_state.numpy()
+    np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
+@pytest.mark.parametrize(("family", "changes"), SHAPES)
+def test_pooled_by_its_last_token_it_makes_no_other_last_states_and_the_same_bits_in_any_batch(
+    checkpoint, tmp_path, family, changes
+):
+    folder = checkpoint(family, **changes)
+    fp32, draw = graph_of(folder, "last_token"), np.random.default_rng(0)
+    texts = [(draw.integers(0, 900, 30).tolist(), [0] * 30) for _ in range(60)]
+    inputs = dict.fromkeys(linear.input for linear in find_linears(fp32))
+    int8 = quantize_graph(fp32, quantize_linears(fp32, collect(fp32, list(inputs), texts)))
+    assert sum(node.op_type == "MatMulIntegerToFloat" for node in int8.nodes) == 7 * 2
+    assert not any(node.op_type == "Gemm" for node in int8.nodes)
+    whole = opened(graph_of(folder, "mean"), tmp_path / "whole.onnx")
+    fp32, int8 = opened(fp32, tmp_path / "fp32.onnx"), opened(int8, tmp_path / "int8.onnx")
+    for count, tokens in ((1, 1), (5, 7), (2, 60), (3, 300)):
+        ids = draw.integers(0, 900, (count, tokens))
+        states, vectors, rounded = (session.run(None, {"input_ids": ids})[0] for session in (whole, fp32, int8))
+        np.testing.assert_allclose(vectors, states[:, -1], atol=1e-5)
+        for session, together in ((fp32, vectors), (int8, rounded)):
+            alone = [session.run(None, {"input_ids": ids[i : i + 1]})[0][0] for i in range(count)]
+            np.testing.assert_array_equal(together, alone)
+
+
+def test_a_text_that_is_cut_keeps_its_end_as_transformers_does(checkpoint, tmp_path):
+    folder = checkpoint("qwen3")
+    embedder = Embedder(export_model(str(folder), tmp_path / "out", ["fp32"]).path)
+    text = "ein Brot, größer als das Maß " * 9
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(text, truncation=True)["input_ids"]
+    assert (len(ids), ids[-1]) == (64, 256)
+    assert embedder.count_tokens(text) > 64
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        theirs = torch.nn.functional.normalize(model(torch.tensor([ids])).last_hidden_state[0, -1], dim=0)
+    np.testing.assert_allclose(embedder.encode(text), theirs, atol=1e-5)
+
+
+def test_its_config_is_read_as_transformers_5_writes_it_too(checkpoint, tmp_path):
+    folder = checkpoint("qwen3", rope_theta=5e5)
+    settings = json.loads((folder / "config.json").read_text())
+    theta = settings.pop("rope_theta")
+    saved = shutil.copytree(folder, tmp_path / folder.name)
+    rope = {"rope_type": "default", "rope_theta": theta}
+    (saved / "config.json").write_text(json.dumps(settings | {"rope_parameters": rope}))
+    graphs = [export_model(str(x), tmp_path / f"{i}", ["fp32"]).path for i, x in enumerate((folder, saved))]
+    assert (graphs[0] / "model.fp32.onnx").read_bytes() == (graphs[1] / "model.fp32.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
+        ("qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "'linear'"),
+        ("qwen2", {"use_sliding_window": True}, "layers local"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layers local"),
+        ("mistral", {"hidden_act": "tanh"}, "hidden_act 'tanh'"),
+        ("qwen3", {"head_dim": 24}, "multiples of 16"),
+        ("qwen2", {"num_key_value_heads": 3}, "share 3 keys"),
+        ("qwen2", {"num_key_value_heads": "2"}, "key_heads is '2'"),
+        ("mistral", {"sliding_window": 0}, "window is 0"),
+        ("qwen3", {"rope_theta": -1}, "theta -1"),
+    ],
+)
+def test_what_cant_be_built_is_refused_in_a_line(checkpoint, tmp_path, family, changes, says):
+    folder = shutil.copytree(checkpoint(family), tmp_path / family)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | changes))
+    with pytest.raises(ExportError, match=says):
+        export_model(str(folder), tmp_path / "out", ["fp32"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_decoder_that_scores_is_refused(checkpoint, tmp_path):
+    folder = checkpoint("qwen3", None, "ForSequenceClassification", num_labels=1, pad_token_id=256)
+    with pytest.raises(ExportError, match="logits can't be built of a decoder"):
+        export_model(str(folder), tmp_path / "out", ["fp32"])
+
+
+def test_a_decoder_is_for_cpus(checkpoint, tmp_path):
+    folder = str(checkpoint("qwen2"))
+    with pytest.raises(ExportError, match=r"leave it out with --variants fp32,int8$"):
+        export_model(folder, tmp_path / "out", ["fp16"])
+    artifact = export_model(folder, tmp_path / "out", ["fp32"])
+    assert artifact.manifest.variants["fp32"].providers == ("CPUExecutionProvider",)
+    assert Embedder(artifact.path, device="auto").encode("a text").shape == (64,)
+    with pytest.raises(ProviderError):
+        Embedder(artifact.path, device="cuda")
+
+
+MEMORY = """
+import re, sys
+import numpy as np
+import onnxruntime
+
+def peak():
+    with open("/proc/self/status") as status:
+        return int(re.search(r"VmHWM:\\s+(\\d+)", status.read())[1]) / 1000
+
+options = onnxruntime.SessionOptions()
+options.enable_mem_pattern = False
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+session.run(None, {"input_ids": np.ones((1, 16), np.int64)})
+before = peak()
+session.run(None, {"input_ids": np.ones((1, 4096), np.int64)})
+print(peak() - before)
+"""
+
+
+def test_a_long_text_takes_no_memory_by_the_square_of_its_tokens_nor_by_its_layers(tmp_path):
+    config = CONFIGS["qwen3"](num_hidden_layers=24, max_position_embeddings=4096, num_key_value_heads=4)
+    folder = make_checkpoint(tmp_path / "m", config, "last_token", tokenizer=save_bytes)
+    graph_of(folder, "last_token").save(tmp_path / "m.onnx")
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "m.onnx")]
+    took = float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout)
+    # All scores of a layer would be 268 MB, all layers' keys and values 101 MB.
+    assert took < 50
