@@ -388,6 +388,9 @@ def _operations(subject: Subject, tokens: Sequence[int]) -> float:
 def _left_out(subject: Subject, tokens: Sequence[int]) -> float:
     """Those of them that our graph spares in the last layer, where only each text's first state is read."""
     manifest, (config, hidden, _, inner) = subject.manifest, _shape(subject)
+    if config.get("num_key_value_heads"):
+        heads = config["num_attention_heads"] * (config.get("head_dim") or hidden // config["num_attention_heads"])
+        return float(2 * hidden * (heads + inner) * (sum(tokens) - len(tokens))) * (manifest.pooling == "last_token")
     head = config.get("classifier_pooling", "cls")
     if not (find_family(manifest.architecture) and reads_first(manifest.outputs, manifest.pooling, head)):
         return 0

@@ -135,6 +135,8 @@ def describe_checkpoint(
             f"{config.path}: its auto_map names code of its own for the model ({custom!s:.60}), which is never run; if "
             "transformers' own class gives the same, export a local copy without the auto_map"
         )
+    if method := (config.take("quantization_config", dict) or {}).get("quant_method"):
+        raise ExportError(f"{config.path}: its weights are quantised ({method!s:.60}); export the model before that")
     if len(outputs) < len(spec.outputs):
         heads = " and ".join(f"{head}.pt" for head in M3_HEADS)
         raise ExportError(
@@ -183,6 +185,12 @@ def _declared_prompts(folder: Path, kind: Kind, given: Mapping[str, str]) -> dic
         raise ExportError(
             f"{path}: its default_prompt_name puts {always!r:.60} into every pair, which can't be exported yet; "
             "without it the scores would be wrong"
+        )
+    if declared and kind == "embedder" and "query" not in {*declared, *given}:
+        logger.warning(
+            "%s: none of its prompts (%s) is called query, so encode_queries puts none; --query-prompt sets one",
+            path,
+            ", ".join(declared),
         )
     if always and len(given) < 2:
         logger.warning(

@@ -22,8 +22,6 @@ from export.layers import (
 )
 from runtime.manifest import Output, Pooling
 
-PARTS = ("query", "key", "value")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
@@ -49,9 +47,9 @@ class DecoderConfig:
     head_norm: bool = False
     """Whether each head's query and key have a norm of their own (Qwen3)."""
     bias: bool = False
-    """Of the linears for queries, keys and values."""
-    attention_bias: bool = False
-    """Of the linear behind attention."""
+    """Whether the linears for queries, keys and values have one."""
+    output_bias: bool = False
+    """Whether the linear behind attention has one."""
 
     def __post_init__(self) -> None:
         """Check what a spoilt ``config.json`` may hold.
@@ -76,8 +74,8 @@ def build_decoder(
     """The decoder in fp32, from ``input_ids`` int64 (batch, tokens) to its last states.
 
     There is no mask but the causal one, since the runtime never pads. ``GroupQueryAttention`` turns queries and keys by
-    their positions itself. On long texts it takes half the time of ONNX Runtime's other operators for attention, and
-    memory that grows with the tokens, not with their square.
+    their positions itself. On long texts it takes half the time of ONNX Runtime 1.32's other operators for attention,
+    and memory that grows with the tokens; before its flash path came (1.24 hasn't it), with their square.
 
     Args:
         config: The decoder's shape.
@@ -90,13 +88,13 @@ def build_decoder(
         ExportError: Other outputs.
     """
     if tuple(outputs) != ("last_hidden_state",):
-        raise ExportError(f"{outputs[0]} can't be built of a decoder; see docs/families.md")
+        other = next(output for output in outputs if output != "last_hidden_state")
+        raise ExportError(f"{other} can't be built of a decoder; see docs/families.md")
     graph = Graph(inputs=[int_value("input_ids", "batch", "tokens")])
     graph.weight("flat_shape", np.array([-1, config.hidden], np.int64))
     shape = graph.add("Shape", "input_ids", name="shape")
-    widths = {"hidden": config.hidden, "query": config.heads * config.head, "key": config.key_heads * config.head}
-    for part, width in widths.items():
-        graph.add("Concat", shape, graph.integers([width]), name=f"{part}_shape", axis=0)
+    for name, width in (("hidden", config.hidden), *((part, heads * config.head) for part, heads in _parts(config))):
+        graph.add("Concat", shape, graph.integers([width]), name=f"{name}_shape", axis=0)
     _lengths(graph, shape)
     rotary_tables(graph, "rotary", config.positions, config.head, config.theta)
     x = graph.add("Gather", parameter(graph, weight, "embeddings.word", config.vocab, config.hidden), "input_ids")
@@ -120,12 +118,13 @@ def _layer(graph: Graph, config: DecoderConfig, weight: Weights, layer: str, x: 
     """All states from those before; or, from all of those, the last of each text."""
     hidden, wide, width = config.hidden, config.intermediate, config.heads * config.head
     seen = _norm(graph, config, weight, f"{layer}.attention_norm", x, hidden)
-    attended = _attention(graph, config, [_heads(graph, config, weight, layer, part, seen) for part in PARTS])
+    heads = [_heads(graph, config, weight, f"{layer}.{part}", seen, count) for part, count in _parts(config)]
+    attended = _attention(graph, config, heads)
     if last:
         x = states_at(graph, x, -1)
         attended = graph.add("Gather", attended, graph.integers([-1]), axis=1)
     attended = graph.add("Reshape", attended, graph.integers([-1, width]))
-    attended = linear(graph, weight, f"{layer}.attention", attended, width, hidden, bias=config.attention_bias)
+    attended = linear(graph, weight, f"{layer}.attention", attended, width, hidden, bias=config.output_bias)
     x = graph.add("Add", x, attended)
     seen = _norm(graph, config, weight, f"{layer}.norm", x, hidden)
     gate = activate(graph, config.activation, linear(graph, weight, f"{layer}.gate", seen, hidden, wide, bias=False))
@@ -133,15 +132,19 @@ def _layer(graph: Graph, config: DecoderConfig, weight: Weights, layer: str, x: 
     return graph.add("Add", x, linear(graph, weight, f"{layer}.down", gated, wide, hidden, bias=False))
 
 
-def _heads(graph: Graph, config: DecoderConfig, weight: Weights, layer: str, part: str, x: str) -> str:
+def _parts(config: DecoderConfig) -> list[tuple[str, int]]:
+    """What attention takes, and how many heads each has."""
+    return [("query", config.heads), ("key", config.key_heads), ("value", config.key_heads)]
+
+
+def _heads(graph: Graph, config: DecoderConfig, weight: Weights, name: str, x: str, count: int) -> str:
     """The heads of queries, keys or values side by side, (batch, tokens, width)."""
-    side = "query" if part == "query" else "key"
-    width = (config.heads if part == "query" else config.key_heads) * config.head
-    heads = linear(graph, weight, f"{layer}.{part}", x, config.hidden, width, bias=config.bias)
+    part = name.rpartition(".")[2]
+    heads = linear(graph, weight, name, x, config.hidden, count * config.head, bias=config.bias)
     if config.head_norm and part != "value":
         heads = graph.add("Reshape", heads, graph.integers([-1, config.head]))
-        heads = _norm(graph, config, weight, f"{layer}.{part}_norm", heads, config.head)
-    return graph.add("Reshape", heads, f"{side}_shape")
+        heads = _norm(graph, config, weight, f"{name}_norm", heads, config.head)
+    return graph.add("Reshape", heads, f"{part}_shape")
 
 
 def _attention(graph: Graph, config: DecoderConfig, heads: Sequence[str]) -> str:
@@ -151,20 +154,20 @@ def _attention(graph: Graph, config: DecoderConfig, heads: Sequence[str]) -> str
         *heads,
         *("", "", "last_places", "total", "rotary.cos", "rotary.sin"),
         domain=MICROSOFT,
+        further=("keys", "values"),  # without its cache it doesn't take the flash path
         num_heads=config.heads,
         kv_num_heads=config.key_heads,
         do_rotary=1,
-        local_window_size=config.window or -1,
+        local_window_size=-1 if config.window is None else config.window,
     )
-    # Only if it gives its cache does it take the flash path; and only what is read is freed before the run ends.
-    cache = [f"{attended}.keys", f"{attended}.values"]
-    graph.nodes[-1].output.extend(cache)
-    batch, tokens = (graph.add("Shape", x, start=i, end=i + 1) for x, i in zip(cache, (0, 2), strict=True))
+    # The shape is read from the cache, since what nobody reads is held until the run ends, of every layer.
+    batch = graph.add("Shape", f"{attended}.keys", start=0, end=1)
+    tokens = graph.add("Shape", f"{attended}.values", start=2, end=3)
     shape = graph.add("Concat", batch, tokens, graph.integers([config.heads * config.head]), axis=0)
     return graph.add("Reshape", attended, shape)
 
 
 def _norm(graph: Graph, config: DecoderConfig, weight: Weights, name: str, x: str, width: int) -> str:
-    """RMS normalisation (arXiv:1910.07467), by ONNX Runtime's operator for it."""
+    """RMS normalisation (arXiv:1910.07467), by ONNX Runtime's operator, which it has in ONNX's own domain."""
     scale = parameter(graph, weight, f"{name}.weight", width)
     return graph.add("SimplifiedLayerNormalization", x, scale, axis=-1, epsilon=config.norm_eps)

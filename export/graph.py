@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,10 +40,19 @@ class Graph:
     weights: dict[str, Loader] = field(default_factory=dict)
     opsets: dict[str, int] = field(default_factory=lambda: dict(OPSETS))
 
-    def add(self, op: str, *inputs: str, name: str = "", domain: str = "", **attributes: Any) -> str:  # noqa: ANN401
-        """Append an operator with one output, and return that output's name."""
+    def add(
+        self,
+        op: str,
+        *inputs: str,
+        name: str = "",
+        domain: str = "",
+        further: Sequence[str] = (),
+        **attributes: Any,  # noqa: ANN401
+    ) -> str:
+        """Append an operator, and return the name of its output; ``further`` ones are called ``{output}.{further}``."""
         output = name or f"{op.lower()}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(op, list(inputs), [output], output, domain=domain, **attributes))
+        outputs = [output, *(f"{output}.{other}" for other in further)]
+        self.nodes.append(helper.make_node(op, list(inputs), outputs, output, domain=domain, **attributes))
         return output
 
     def weight(self, name: str, value: np.ndarray | Loader) -> str:

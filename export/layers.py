@@ -1,4 +1,4 @@
-"""The parts that the encoders share: checked shapes and weights, linears, norms, activations, and SPLADE's head."""
+"""The parts that models share: checked shapes and weights, linears, norms, activations, and SPLADE's head."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
@@ -17,11 +17,11 @@ Activation = Literal["gelu", "gelu_new", "relu", "silu"]
 
 
 def check_shape(config: Any, **least: int) -> None:  # noqa: ANN401
-    """Check what a spoilt ``config.json`` may have made of an encoder's configuration.
+    """Check what a spoilt ``config.json`` may have made of a model's configuration.
 
     Args:
-        config: The configuration.
-        least: Further sizes than those that every encoder has, and the smallest that each may be.
+        config: The configuration; unless it says what a ``head`` has, the heads share the width.
+        least: Further sizes than those that every model has, and the smallest that each may be.
 
     Raises:
         ValueError: A size isn't a whole number or is too small, or the heads don't share the width evenly.
@@ -31,7 +31,7 @@ def check_shape(config: Any, **least: int) -> None:  # noqa: ANN401
         value = getattr(config, name)
         if type(value) is not int or value < lowest:
             raise ValueError(f"{name} is {value!r:.60}, not a whole number from {lowest} up")
-    if config.hidden % config.heads:
+    if "head" not in least and config.hidden % config.heads:
         raise ValueError(f"{config.heads} attention heads can't share {config.hidden} dimensions evenly")
     if not isinstance(config.norm_eps, float | int):
         raise ValueError(f"the norms' epsilon is {config.norm_eps!r:.60}, not a number")
@@ -43,15 +43,19 @@ def check_theta(theta: object) -> None:
     Raises:
         ValueError: It isn't a positive number.
     """
-    if not isinstance(theta, float | int) or theta <= 0:
+    if not isinstance(theta, float | int) or not theta > 0:
         raise ValueError(f"rotary positions have the theta {theta!r:.60}, not a positive number")
 
 
-def rotary_tables(graph: Graph, kind: str, positions: int, size: int, theta: float) -> tuple[str, str]:
-    """Cosines and sines for heads of a size, (positions, size / 2), in float32 throughout as transformers' are."""
+def rotary_tables(graph: Graph, kind: str, positions: int, size: int, theta: float) -> None:
+    """Name ``{kind}.cos`` and ``{kind}.sin`` for heads of a size, (positions, size / 2).
+
+    They are made in float32 throughout, as transformers' are.
+    """
     frequency = 1 / np.float32(theta) ** (np.arange(0, size, 2, dtype=np.float32) / np.float32(size))
     angle = np.arange(positions, dtype=np.float32)[:, None] * frequency
-    return graph.weight(f"{kind}.cos", np.cos(angle)), graph.weight(f"{kind}.sin", np.sin(angle))
+    graph.weight(f"{kind}.cos", np.cos(angle))
+    graph.weight(f"{kind}.sin", np.sin(angle))
 
 
 def linear(

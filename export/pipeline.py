@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import tokenizers
+
 from export.calibrate import calibration_pairs, calibration_texts, collect
 from export.card import model_card
 from export.catalog import NO_PROMPTS, read_json, sentence_config
@@ -50,12 +52,9 @@ logger = logging.getLogger(__name__)
 
 VARIANTS = ("fp32", "int8", "fp16")
 BY_DEFAULT = ("fp32", "int8")
-PROVIDERS = {
-    "fp32": ("CPUExecutionProvider", "CUDAExecutionProvider"),
-    "int8": ("CPUExecutionProvider",),
-    "fp16": ("CUDAExecutionProvider",),
-}
-"""Where each variant runs."""
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+PROVIDERS = {"fp32": (CPU, CUDA), "int8": (CPU,), "fp16": (CUDA,)}
+"""Where each variant runs, unless the family's fp32 isn't for CUDA."""
 TOOLS = ("bge-onnx", "torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers", "numpy")
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -143,8 +142,9 @@ def export_model(
         reference = reference_answers(checkpoint, questions)
         described = {}
         if "fp32" in variants:
-            on_cuda = encoder is None or encoder[0].cuda
-            described["fp32"] = write_variant("fp32", graph, stage, providers=PROVIDERS["fp32" if on_cuda else "int8"])
+            described["fp32"] = write_variant("fp32", graph, stage)
+            if encoder and not encoder[0].cuda:
+                described["fp32"] = dataclasses.replace(described["fp32"], providers=(CPU,))
         if "int8" in variants:
             progress("calibrating int8", 0.4)
             rounding = lambda share: progress("rounding int8", 0.5 + share * 0.2)  # noqa: E731
@@ -157,12 +157,11 @@ def export_model(
                 "int8",
                 quantize_graph(graph, quantized),
                 stage,
-                providers=PROVIDERS["int8"],
                 quantization=f"static W8A8, smoothed, GPTQ, per channel, calibrated on {len(texts)} texts",
                 fp32_linears=tuple(x.output for x in find_linears(graph) if x.input not in quantized),
             )
         if packed:
-            described["fp16"] = write_variant("fp16", packed, stage, providers=PROVIDERS["fp16"], packing=packing)
+            described["fp16"] = write_variant("fp16", packed, stage, packing=packing)
         manifest = write_manifest(checkpoint, stage, described, special_ids(tokenizer))
         proven = {}
         for i, variant in enumerate(variants):
@@ -264,6 +263,8 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> "transformers.PreTrai
             f"{checkpoint.id}: its tokenizer has ids up to {max(ids)} where the model has {rows} words; they don't "
             "belong together, download the checkpoint again"
         )
+    if checkpoint.spec.pooling == "last_token":
+        check_end(checkpoint, backend)
     settings = sentence_config(checkpoint.folder)
     upper = " ".join(string.ascii_uppercase)
     if settings.take("do_lower_case", bool) and backend.encode(upper).ids != backend.encode(upper.lower()).ids:
@@ -283,6 +284,47 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> "transformers.PreTrai
     return tokenizer
 
 
+def check_end(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer) -> None:
+    """Check that texts end as the model was trained: where they are pooled by their last token, that is the vector.
+
+    Args:
+        checkpoint: What the tokenizer is of.
+        tokenizer: As transformers loads it.
+
+    Raises:
+        ExportError: Its files say something else, or code of its own may do so.
+    """
+    settings = read_json(checkpoint.folder / "tokenizer_config.json", {})
+    path, end = checkpoint.folder / TOKENIZER, tokenizer.encode("a").ids[-1]
+    ends = {end}
+    if path.exists():
+        saved = tokenizers.Tokenizer.from_file(str(path))
+        saved.no_truncation()
+        saved.no_padding()
+        ends.add(saved.encode("a").ids[-1])
+    plain = tokenizer.encode("a", add_special_tokens=False).ids[-1]
+    cause = (
+        "its auto_map names code of its own, which is never run"
+        if settings.get("auto_map")
+        else "it has add_eos_token, which transformers doesn't do"
+        if settings.take("add_eos_token", bool) and end == plain
+        else "transformers ends texts with another token than tokenizer.json"
+        if len(ends) > 1
+        else ""
+    )
+    if cause:
+        raise ExportError(
+            f"{settings.path}: {cause}, and the last token makes the vector; export a local copy without the setting, "
+            "whose tokenizer.json has the end of text in its post_processor"
+        )
+    if end == plain:
+        logger.warning(
+            "%s: its tokenizer puts no token behind a text, and the last token makes the vector; if it was trained "
+            "with one, its texts need that at their end",
+            checkpoint.id,
+        )
+
+
 def write_variant(name: str, graph: Graph, stage: Path, **described: Any) -> Variant:  # noqa: ANN401
     """Save a graph and describe it; its parity is still unknown."""
     data = graph.save(stage / f"model.{name}.onnx")
@@ -290,6 +332,7 @@ def write_variant(name: str, graph: Graph, stage: Path, **described: Any) -> Var
         file=f"model.{name}.onnx",
         data=data.name if data else None,
         opset=graph.opsets[""],
+        providers=PROVIDERS[name],
         cpu_safety="any: weights can't saturate on x86 without VNNI" if name == "int8" else "any",
         parity=None,
         **described,
@@ -298,17 +341,17 @@ def write_variant(name: str, graph: Graph, stage: Path, **described: Any) -> Var
 
 def verify(stage: Path, manifest: Manifest, name: str, reference: Answers, texts: list[str]) -> Variant:
     """A variant with its parity, measured on a GPU where it is for one, or else by its stand-in."""
-    variant, cpu, cuda = manifest.variants[name], *PROVIDERS["fp32"]
-    if cpu in variant.providers:
-        return dataclasses.replace(variant, parity=verify_variant(stage, name, reference, texts), verified_on=cpu)
+    variant = manifest.variants[name]
+    if CPU in variant.providers:
+        return dataclasses.replace(variant, parity=verify_variant(stage, name, reference, texts), verified_on=CPU)
     try:
         parity = verify_variant(stage, name, reference, texts, device="cuda")
-        return dataclasses.replace(variant, parity=parity, verified_on=cuda)
+        return dataclasses.replace(variant, parity=parity, verified_on=CUDA)
     except ProviderError as error:
         logger.warning("%s is verified on the CPU, by its stand-in: %s", name, error)
     with tempfile.TemporaryDirectory(prefix="bge-onnx-") as scratch:
         parity = verify_variant(write_stand_in(stage, manifest, name, Path(scratch)), name, reference, texts)
-    return dataclasses.replace(variant, parity=parity, verified_on=cpu)
+    return dataclasses.replace(variant, parity=parity, verified_on=CPU)
 
 
 def write_stand_in(artifact: Path, manifest: Manifest, name: str, folder: Path) -> Path:

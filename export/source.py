@@ -200,7 +200,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> "transformers.PreTrainedTokenizerF
     """
     import transformers  # slow to import
 
-    transformers.logging.set_verbosity_error()  # it warns of Mistral's pattern whatever large vocabulary it reads
+    if checkpoint.config.get("model_type") != "mistral":  # of whose pattern it warns with any large vocabulary
+        transformers.logging.set_verbosity_error()
     folder = checkpoint.folder
     settings = read_json(folder / "tokenizer_config.json", {})
     whole = (folder / "tokenizer.json").exists()

@@ -104,6 +104,7 @@ def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
     import torch  # slow to import
     import transformers
 
+    transformers.logging.set_verbosity_error()
     spec, folder = checkpoint.spec, str(checkpoint.folder)
     answers = Answers()
     with warnings.catch_warnings(), torch.inference_mode():

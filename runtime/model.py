@@ -199,7 +199,7 @@ class Model:
         on_gpu = PACKED_TOKENS_PER_RUN if self._packing else CUDA_TOKENS_PER_RUN
         self._tokens = on_gpu if self._on_gpu else MAX_TOKENS_PER_RUN
         self._opened = self._open_all(self._verify)
-        # Whether the graph pools itself: by cls, or packed.
+        # Whether the graph pools itself: by one token, or packed.
         self._pools = any(output.name == POOLED for output in self._opened.sessions[0].get_outputs())
 
     @property
@@ -558,12 +558,12 @@ def _choose_variant(folder: Path, manifest: Manifest, variant: str, device: str)
                 return name
     elif variant in fitting:
         return variant
-    if variant in manifest.variants:
+    wanted = preferred[-1] if variant == "auto" else variant
+    if wanted in manifest.variants:
         raise ArtifactError(
-            f"{folder}: its {variant} doesn't run on {device}, only {', '.join(fitting) or 'nothing'} does; pass "
+            f"{folder}: its {wanted} doesn't run on {device}, only {', '.join(fitting) or 'nothing'} does; pass "
             "another variant or device"
         )
-    wanted = preferred[-1] if variant == "auto" else variant
     raise ArtifactError(
         f"{folder}: no variant {variant!r} for {device}, only {', '.join(manifest.variants)}; "
         f"export it with --variants {wanted}"

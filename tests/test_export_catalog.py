@@ -53,7 +53,7 @@ def expected_rows():
 
 
 @pytest.mark.parametrize(("hub", "kind", "pooling", "dim", "limit", "prompts"), list(expected_rows()))
-def test_the_catalog_has_what_flagembedding_ships_and_can_be_exported(hub, kind, pooling, dim, limit, prompts):
+def test_the_catalog_has_each_model_as_its_authors_mean_it(hub, kind, pooling, dim, limit, prompts):
     spec = find_model(hub)
     assert spec is not None
     assert (spec.hub, spec.kind, spec.pooling, spec.max_length, spec.prompts) == (hub, kind, pooling, limit, prompts)
@@ -253,6 +253,23 @@ def test_pooling_and_prompts_are_not_for_a_model_that_has_none(describe):
         describe(pooling="cls", config=config)
     with pytest.raises(ExportError, match="a reranker, which has no prompts; leave out --query-prompt"):
         describe(given={"query": "find: "}, config=config)
+
+
+def test_prompts_of_which_none_is_a_querys_are_warned_of(describe, caplog):
+    describe({"config_sentence_transformers.json": {"prompts": {"query": "q: ", "sts": "s: "}}})
+    assert not caplog.text
+    files = {
+        "config_sentence_transformers.json": {"prompts": {"web_search_query": "q: ", "sts": "s: ", "document": ""}}
+    }
+    describe(files, given={"query": "q: "})
+    assert not caplog.text
+    describe(files)
+    assert "none of its prompts (web_search_query, sts) is called query" in caplog.text
+
+
+def test_quantised_weights_are_refused(describe):
+    with pytest.raises(ExportError, match="its weights are quantised .gptq.; export the model before that"):
+        describe(config={"quantization_config": {"quant_method": "gptq", "bits": 4}})
 
 
 def test_a_prompt_that_sentence_transformers_always_puts_is_said_to_be_left_out(describe, caplog):

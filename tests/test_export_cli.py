@@ -74,15 +74,16 @@ def test_an_export_prints_figures_paths_and_how_to_use_it(cli, tiny_checkpoint, 
 
 def test_paths_below_the_working_folder_are_printed_short(cli, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    prompts = ("--query-prompt", "find: ", "--passage-prompt", "")
+    prompts = ("--query-prompt", "find\nin: ", "--passage-prompt", "")
     code, printed, _ = cli("--model", tiny_checkpoint, "--variants", " fp32 ,", "--pooling", "cls", *prompts)
     assert code == 0
     assert 'Embedder("artifacts/tiny-bert")' in printed
     assert " artifacts/tiny-bert/model.fp32.onnx" in printed
-    assert "\nquery prompt: find: \n" in printed
+    assert "\nquery prompt: find\\nin: \n" in printed
+    assert "- query prompt: `find\\nin: `\n" in (tmp_path / "artifacts" / "tiny-bert" / "README.md").read_text()
     embedder = Embedder("artifacts/tiny-bert")
-    assert (embedder.manifest.pooling, embedder.manifest.prompts) == ("cls", {"query": "find: "})
-    assert (embedder.encode_queries("a river") == embedder.encode("find: a river")).all()
+    assert (embedder.manifest.pooling, embedder.manifest.prompts) == ("cls", {"query": "find\nin: "})
+    assert (embedder.encode_queries("a river") == embedder.encode("find\nin: a river")).all()
 
 
 def test_force_replaces_what_is_there(cli, tiny_checkpoint, tiny_artifact, copied):

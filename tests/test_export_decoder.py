@@ -1,9 +1,11 @@
 """Decoders as embedders: transformers' vectors, the same bits in any batch, and memory that grows as a text does."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +13,14 @@ import torch
 import transformers
 from conftest import make_checkpoint, save_bytes, sizes
 
+from export import pipeline
 from export.calibrate import collect
 from export.errors import ExportError
 from export.families import find_family, weight_finder
 from export.pipeline import export_model
 from export.quantize import find_linears, quantize_graph, quantize_linears
 from export.source import resolve_source
-from runtime import Embedder, ProviderError
+from runtime import BgeOnnxError, Embedder
 from runtime.session import create_session
 
 pytestmark = pytest.mark.usefixtures("few_texts")
@@ -34,7 +37,10 @@ SHAPES = [
     ("qwen2", {"num_key_value_heads": 4, "hidden_act": "gelu"}),
     ("mistral", {"sliding_window": 7, "head_dim": 48, "num_key_value_heads": 1}),
     ("mistral", {"sliding_window": None}),
+    ("qwen3", {"hidden_size": 48, "num_attention_heads": 5, "num_key_value_heads": 5}),
 ]
+BLOCKS = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
+BLOCKS |= {"max_position_embeddings": 1300}
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +78,36 @@ def test_a_decoder_is_built_and_has_the_vectors_of_transformers(checkpoint, tmp_
     manifest = artifact.manifest
     assert manifest.variants["fp32"].parity.cosine_min > 0.99999
     assert manifest.variants["int8"].parity.cosine_mean > 0.99
-    assert (manifest.kind, manifest.pooling, manifest.dim) == ("embedder", "last_token", 64)
-    assert Embedder(artifact.path).encode(["a text", ""]).shape == (2, 64)
+    dim = changes.get("hidden_size", 64)
+    assert (manifest.kind, manifest.pooling, manifest.dim) == ("embedder", "last_token", dim)
+    assert Embedder(artifact.path).encode(["a text", ""]).shape == (2, dim)
 
 
-@pytest.mark.parametrize(("family", "changes"), SHAPES)
-@pytest.mark.parametrize("tokens", [1, 2, 17, 300])
-def test_all_states_are_those_of_transformers(checkpoint, tmp_path, family, changes, tokens):
+@pytest.mark.parametrize(
+    ("family", "changes", "tokens"),
+    [
+        *((*shape, tokens) for shape in SHAPES for tokens in (1, 2, 17, 300)),
+        *(("mistral", BLOCKS | {"sliding_window": window}, 1200) for window in (None, 500, 1100)),  # of flash attention
+    ],
+)
+def test_all_states_are_those_of_transformers_in_any_batch(checkpoint, tmp_path, family, changes, tokens):
     folder = checkpoint(family, **changes)
     ids = np.random.default_rng(tokens).integers(0, 900, (3, tokens))
-    ours = opened(graph_of(folder, "mean"), tmp_path / "m.onnx").run(None, {"input_ids": ids})[0]
+    session = opened(graph_of(folder, "mean"), tmp_path / "m.onnx")
+    ours = session.run(None, {"input_ids": ids})[0]
     model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.inference_mode():
         theirs = model(torch.tensor(ids)).last_hidden_state.numpy()
     np.testing.assert_allclose(ours, theirs, atol=2e-4)
+    for i in range(3):
+        np.testing.assert_array_equal(session.run(None, {"input_ids": ids[i : i + 1]})[0][0], ours[i])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_language_models_checkpoint_is_that_of_its_decoder(checkpoint, tmp_path, tied):
+    folder = checkpoint("qwen3", head="ForCausalLM", tie_word_embeddings=tied)
+    artifact = export_model(str(folder), tmp_path / "out", ["fp32"])
+    assert artifact.manifest.variants["fp32"].parity.cosine_min > 0.99999
 
 
 @pytest.mark.parametrize(("family", "changes"), SHAPES)
@@ -123,6 +145,62 @@ def test_a_text_that_is_cut_keeps_its_end_as_transformers_does(checkpoint, tmp_p
     np.testing.assert_allclose(embedder.encode(text), theirs, atol=1e-5)
 
 
+@pytest.fixture
+def spoilt(checkpoint, tmp_path):
+    """A function that copies a decoder's checkpoint and changes its tokenizer's files."""
+
+    def change(settings: dict, template: object = None):
+        folder = shutil.copytree(checkpoint("qwen3"), tmp_path / "spoilt")
+        for name, changes in (("tokenizer_config.json", settings), ("tokenizer.json", {"post_processor": template})):
+            content = json.loads((folder / name).read_text()) | changes
+            (folder / name).write_text(json.dumps(content))
+        return folder
+
+    return change
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}, "its auto_map names code"),
+        ({"add_eos_token": True}, "add_eos_token, which transformers doesn't do"),
+    ],
+)
+def test_a_tokenizer_that_may_end_texts_otherwise_is_refused(spoilt, tmp_path, settings, says):
+    folder = spoilt(settings, BYTES)
+    with pytest.raises(ExportError, match=f"tokenizer_config.json: .*{says}.* the last token makes the vector"):
+        export_model(str(folder), tmp_path / "out", ["fp32"])
+
+
+def test_so_is_one_whose_class_ends_them_otherwise_than_its_file(spoilt, tmp_path, monkeypatch):
+    folder = spoilt({}, BYTES)
+    ended = json.loads((folder / "tokenizer.json").read_text())
+    template = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}]
+    special = {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [256], "tokens": ["<|endoftext|>"]}}
+    ended["post_processor"] = {"type": "TemplateProcessing", "single": template, "pair": template}
+    ended["post_processor"]["special_tokens"] = special
+    load = pipeline.load_tokenizer
+
+    def load_and_end(checkpoint):  # as LlamaTokenizerFast's template replaces that of the file
+        loaded = load(checkpoint)
+        (folder / "tokenizer.json").write_text(json.dumps(ended))
+        return loaded
+
+    monkeypatch.setattr(pipeline, "load_tokenizer", load_and_end)
+    with pytest.raises(ExportError, match="transformers ends texts with another token than tokenizer.json"):
+        export_model(str(folder), tmp_path / "out", ["fp32"])
+
+
+def test_a_tokenizer_without_an_end_is_warned_of_and_an_empty_text_is_zeros(spoilt, tmp_path, caplog):
+    artifact = export_model(str(spoilt({}, BYTES)), tmp_path / "out", ["fp32"])
+    assert "puts no token behind a text" in caplog.text
+    vectors = Embedder(artifact.path).encode(["a text", ""])
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [1, 0], atol=1e-6)
+
+
 def test_its_config_is_read_as_transformers_5_writes_it_too(checkpoint, tmp_path):
     folder = checkpoint("qwen3", rope_theta=5e5)
     settings = json.loads((folder / "config.json").read_text())
@@ -137,16 +215,20 @@ def test_its_config_is_read_as_transformers_5_writes_it_too(checkpoint, tmp_path
 @pytest.mark.parametrize(
     ("family", "changes", "says"),
     [
-        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
-        ("qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "'linear'"),
-        ("qwen2", {"use_sliding_window": True}, "layers local"),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "positions .*yarn"),
+        ("qwen2", {"rope_scaling": {"type": "dynamic"}, "rope_parameters": {"rope_theta": 1e4}}, "positions .*dynamic"),
+        ("mistral", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "positions .*linear"),
+        ("qwen3", {"is_causal": False}, "tokens see those behind"),
+        ("qwen2", {"use_bidirectional_attention": True}, "tokens see those behind"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "layers local"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layers local"),
-        ("mistral", {"hidden_act": "tanh"}, "hidden_act 'tanh'"),
+        ("mistral", {"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
         ("qwen3", {"head_dim": 24}, "multiples of 16"),
         ("qwen2", {"num_key_value_heads": 3}, "share 3 keys"),
         ("qwen2", {"num_key_value_heads": "2"}, "key_heads is '2'"),
         ("mistral", {"sliding_window": 0}, "window is 0"),
         ("qwen3", {"rope_theta": -1}, "theta -1"),
+        ("qwen3", {"rope_theta": math.nan}, "theta nan"),
     ],
 )
 def test_what_cant_be_built_is_refused_in_a_line(checkpoint, tmp_path, family, changes, says):
@@ -156,6 +238,15 @@ def test_what_cant_be_built_is_refused_in_a_line(checkpoint, tmp_path, family, c
     with pytest.raises(ExportError, match=says):
         export_model(str(folder), tmp_path / "out", ["fp32"])
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_make_no_layer_local_change_nothing():
+    for family, changes in (
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2, "layer_types": ["full_attention"] * 2}),
+        ("mistral", {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}),
+    ):
+        read, settings = find_family(family).config, CONFIGS[family]().to_dict()
+        assert read(settings | changes) == read(settings)
 
 
 def test_a_decoder_that_scores_is_refused(checkpoint, tmp_path):
@@ -171,7 +262,7 @@ def test_a_decoder_is_for_cpus(checkpoint, tmp_path):
     artifact = export_model(folder, tmp_path / "out", ["fp32"])
     assert artifact.manifest.variants["fp32"].providers == ("CPUExecutionProvider",)
     assert Embedder(artifact.path, device="auto").encode("a text").shape == (64,)
-    with pytest.raises(ProviderError):
+    with pytest.raises(BgeOnnxError, match="cuda"):  # the variant doesn't run there, or nothing does
         Embedder(artifact.path, device="cuda")
 
 
@@ -194,6 +285,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_a_long_text_takes_no_memory_by_the_square_of_its_tokens_nor_by_its_layers(tmp_path):
     config = CONFIGS["qwen3"](num_hidden_layers=24, max_position_embeddings=4096, num_key_value_heads=4)
     folder = make_checkpoint(tmp_path / "m", config, "last_token", tokenizer=save_bytes)

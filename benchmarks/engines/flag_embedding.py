@@ -16,11 +16,12 @@ PREPARED: dict[str, str] = {}
 
 
 def embedder(job: Job) -> Run:
-    """``FlagModel.encode``, which sorts by length and pads."""
-    from FlagEmbedding import FlagModel
+    """``FlagModel.encode``, or for a decoder ``FlagLLMModel.encode``, which sort by length and pad."""
+    from FlagEmbedding import FlagLLMModel, FlagModel
 
     options = {"pooling_method": job.pooling, "normalize_embeddings": job.normalize, "use_fp16": False}
-    model = FlagModel(job.source, devices=job.device, **options)
+    kind = FlagLLMModel if job.pooling == "last_token" else FlagModel
+    model = kind(job.source, devices=job.device, **options)
     arm = _prepare(job, model)
 
     def run(texts: Any, batch: int) -> Any:  # noqa: ANN401

@@ -21,10 +21,12 @@ class Family:
     """A model family: how to read its ``config.json``, and what it calls its weights.
 
     Attributes:
-        config: From ``config.json`` to the configuration of its emitter, or None where that can't express it.
+        config: From ``config.json`` to the configuration of its emitter, or None where that can't express it, but
+            tracing can; it raises ``KeyError`` or ``ValueError`` for a spoilt file, ``ExportError`` for a model that
+            neither can make.
         weights: Our name of each weight → the checkpoint's, both with ``{i}`` for the layer and ``{p}`` for ``weight``
             or ``bias``. Where one weight holds several of ours, ``[1/3]`` at the end is the second third of its rows.
-        prefix: What a checkpoint with a head puts before the encoder's weight names.
+        prefix: What a checkpoint with a head puts before the other weights' names.
         build: The emitter, from its configuration, the weights, the outputs and the pooling to the graph.
         pack: The emitter of fp16 for CUDA, from the same, or None where there is none.
         cuda: Whether the fp32 graph runs on CUDA, too.

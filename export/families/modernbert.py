@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from export.errors import ExportError
 from export.families import Family
 from export.layers import Activation
 from export.prenorm import PrenormConfig, build_prenorm
@@ -12,19 +13,19 @@ def config(hf: Mapping[str, Any]) -> PrenormConfig | None:
     """Read ``config.json`` (transformers' ``ModernBertConfig``); scaled rotary positions are left to tracing.
 
     Raises:
-        ValueError: They are scaled, or layers are made local, as only transformers 5 can, so that tracing would be
+        ExportError: They are scaled, or layers are made local, as only transformers 5 can, so that tracing would be
             silently wrong.
     """
     activation, head_activation = hf.get("hidden_activation", "gelu"), hf.get("classifier_activation", "gelu")
     pooling = hf.get("classifier_pooling", "cls")
     rope = hf.get("rope_parameters") or {}  # where transformers 5 keeps both thetas
     if any(kind.get("rope_type", "default") != "default" for kind in rope.values()):
-        raise ValueError("rope_parameters scale the rotary positions, which no transformers before 5 understands")
+        raise ExportError("rope_parameters scale its rotary positions, which can't be built yet; see docs/families.md")
     known = activation in get_args(Activation) and head_activation in get_args(Activation)
     every = hf.get("global_attn_every_n_layers", 3)
     types = ["sliding_attention" if i % every else "full_attention" for i in range(hf["num_hidden_layers"])]
     if hf.get("layer_types", types) != types:
-        raise ValueError(f"layer_types makes other layers local than every {every}th, as transformers before 5 does")
+        raise ExportError(f"layer_types isn't of one global layer in {every}, the first; see docs/families.md")
     if hf.get("rope_scaling") or not known or pooling not in ("cls", "mean"):
         return None
     global_theta = rope.get("full_attention", {}).get("rope_theta", hf.get("global_rope_theta", 160_000))

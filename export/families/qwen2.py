@@ -1,9 +1,10 @@
-"""Qwen2: bge-code."""
+"""Qwen2: bge-code-v1."""
 
 from collections.abc import Mapping
 from typing import Any, get_args
 
 from export.decoder import DecoderConfig, build_decoder
+from export.errors import ExportError
 from export.families import Family
 from export.layers import Activation
 
@@ -12,27 +13,36 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
     """Read ``config.json`` (transformers' ``Qwen2Config``, or that of a kin).
 
     Raises:
-        ValueError: Its positions are scaled, some of its layers are local, or its activation is unknown.
+        ExportError: Its tokens see those behind them, or some not all of those before, its rotary positions are scaled,
+            or its activation is unknown.
     """
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # the first is transformers 5's
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"it scales its rotary positions by {kind!r}, which can't be built yet")
-    if hf.get("use_sliding_window") or "sliding_attention" in (hf.get("layer_types") or ()):
-        raise ValueError("its use_sliding_window or layer_types make layers local, which can't be built yet")
-    if (activation := hf.get("hidden_act", "silu")) not in get_args(Activation):
-        raise ValueError(f"its hidden_act {activation!r} can't be built yet")
+    ropes = [hf.get(key) or {} for key in ("rope_scaling", "rope_parameters")]  # the second is transformers 5's
+    kinds = {rope.get("rope_type", rope.get("type", "default")) for rope in ropes}
+    layers, activation = hf["num_hidden_layers"], hf.get("hidden_act", "silu")
+    local = hf.get("use_sliding_window") and hf.get("max_window_layers", 28) < layers
+    for cause, is_so in {
+        "is_causal or use_bidirectional_attention lets tokens see those behind them": (
+            hf.get("is_causal") is False or hf.get("use_bidirectional_attention")
+        ),
+        f"it scales its rotary positions ({', '.join(sorted(map(str, kinds)))})": kinds != {"default"},
+        "use_sliding_window or layer_types makes layers local": (
+            local or set(hf.get("layer_types") or ()) - {"full_attention"}
+        ),
+        f"its hidden_act is {activation!r}": activation not in get_args(Activation),
+    }.items():
+        if is_so:
+            raise ExportError(f"its config.json is of a decoder that can't be built yet: {cause}; see docs/families.md")
     heads = hf["num_attention_heads"]
     return DecoderConfig(
-        layers=hf["num_hidden_layers"],
+        layers=layers,
         hidden=hf["hidden_size"],
         heads=heads,
-        key_heads=hf.get("num_key_value_heads") or heads,
+        key_heads=hf["num_key_value_heads"] or heads,
         head=hf.get("head_dim") or hf["hidden_size"] // heads,
         intermediate=hf["intermediate_size"],
         vocab=hf["vocab_size"],
         positions=hf["max_position_embeddings"],
-        theta=rope.get("rope_theta", hf.get("rope_theta", 10_000)),
+        theta=ropes[1].get("rope_theta", hf.get("rope_theta", 10_000)),
         activation=activation,
         norm_eps=hf.get("rms_norm_eps", 1e-6),
         bias=True,
