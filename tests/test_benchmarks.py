@@ -445,6 +445,12 @@ def test_what_nobody_reads_of_a_last_layer_counts_for_the_others_alone(tmp_path)
     assert left_out("bert", "mean", "last_hidden_state") == 0
     assert left_out("bert", "cls", "last_hidden_state", "token_vectors") == 0
     assert left_out("deberta-v2", None, "logits") == 0  # traced
+
+    decoder = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 3}
+    (tmp_path / "config.json").write_text(json.dumps(shape | decoder))
+    behind_attention = 2 * (6 * 4 + 3 * 32)  # of each token, but each text's last
+    assert left_out("qwen3", "last_token", "last_hidden_state") == behind_attention * (17 - 2)
+    assert left_out("qwen3", "mean", "last_hidden_state") == 0
     (tmp_path / "config.json").write_text(json.dumps(shape | {"classifier_pooling": "mean"}))
     assert left_out("modernbert", None, "logits") == 0
 
