@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tokenizers
-
 from export.calibrate import calibration_pairs, calibration_texts, collect
 from export.card import model_card
 from export.catalog import NO_PROMPTS, read_json, sentence_config
@@ -28,7 +26,7 @@ from export.graph import Graph, load_graph
 from export.packed import on_any_provider
 from export.precision import Cosines, cosines_of, spend_precision
 from export.quantize import Quantized, find_linears, quantize_graph, quantize_linears
-from export.source import Checkpoint, load_tokenizer, resolve_source
+from export.source import Checkpoint, check_end, load_tokenizer, resolve_source
 from export.trace import trace
 from export.verify import Answers, long_text, reference_answers, special_ids, verification_texts, verify_variant
 from runtime.errors import ProviderError
@@ -282,47 +280,6 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> "transformers.PreTrai
         saved = re.sub(r'"type_id":\s*\d+', '"type_id":0', saved)  # as the model takes those that it isn't given
     path.write_text(saved, "utf-8")
     return tokenizer
-
-
-def check_end(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer) -> None:
-    """Check that texts end as the model was trained: where they are pooled by their last token, that is the vector.
-
-    Args:
-        checkpoint: What the tokenizer is of.
-        tokenizer: As transformers loads it.
-
-    Raises:
-        ExportError: Its files say something else, or code of its own may do so.
-    """
-    settings = read_json(checkpoint.folder / "tokenizer_config.json", {})
-    path, end = checkpoint.folder / TOKENIZER, tokenizer.encode("a").ids[-1]
-    ends = {end}
-    if path.exists():
-        saved = tokenizers.Tokenizer.from_file(str(path))
-        saved.no_truncation()
-        saved.no_padding()
-        ends.add(saved.encode("a").ids[-1])
-    plain = tokenizer.encode("a", add_special_tokens=False).ids[-1]
-    cause = (
-        "its auto_map names code of its own, which is never run"
-        if settings.get("auto_map")
-        else "it has add_eos_token, which transformers doesn't do"
-        if settings.take("add_eos_token", bool) and end == plain
-        else "transformers ends texts with another token than tokenizer.json"
-        if len(ends) > 1
-        else ""
-    )
-    if cause:
-        raise ExportError(
-            f"{settings.path}: {cause}, and the last token makes the vector; export a local copy without the setting, "
-            "whose tokenizer.json has the end of text in its post_processor"
-        )
-    if end == plain:
-        logger.warning(
-            "%s: its tokenizer puts no token behind a text, and the last token makes the vector; if it was trained "
-            "with one, its texts need that at their end",
-            checkpoint.id,
-        )
 
 
 def write_variant(name: str, graph: Graph, stage: Path, **described: Any) -> Variant:  # noqa: ANN401

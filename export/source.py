@@ -4,6 +4,7 @@ import errno
 import functools
 import hashlib
 import importlib.util
+import logging
 import os
 import re
 import zipfile
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import ml_dtypes  # noqa: F401  lets numpy, and so safetensors, read bfloat16
 import numpy as np
 import safetensors
+import tokenizers
 
 from export.catalog import (
     M3_HEADS,
@@ -29,10 +31,13 @@ from export.catalog import (
 )
 from export.errors import ExportError, first_line
 from export.graph import Loader
-from runtime.manifest import Pooling, Source
+from runtime.manifest import TOKENIZER, Pooling, Source
+from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import transformers
+
+logger = logging.getLogger(__name__)
 
 METADATA = (
     "config.json",
@@ -217,6 +222,36 @@ def load_tokenizer(checkpoint: Checkpoint) -> "transformers.PreTrainedTokenizerF
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
+
+
+def check_end(checkpoint: Checkpoint, tokenizer: tokenizers.Tokenizer) -> None:
+    """Check that texts end as the model was trained: where they are pooled by their last token, that is the vector.
+
+    Args:
+        checkpoint: What the tokenizer is of.
+        tokenizer: As transformers loads it.
+
+    Raises:
+        ExportError: Its files say something else, or code of its own may do so.
+    """
+    settings = read_json(checkpoint.folder / "tokenizer_config.json", {})
+    end, saved = tokenizer.encode("a").ids[-1], checkpoint.folder / TOKENIZER
+    ends = tokenizer.encode("a", add_special_tokens=False).ids[-1] != end
+    cause, cure = "", "without that, whose tokenizer.json has the end of text in its post_processor"
+    if settings.get("auto_map"):
+        cause = "its auto_map names code of its own, which is never run"
+    elif settings.take("add_eos_token", bool) and not ends:
+        cause = "it has add_eos_token, which transformers doesn't do"
+    elif saved.exists() and Tokenizer(saved, 512).encode(["a"])[0][-1] != end:
+        cause, cure = "transformers ends texts otherwise than tokenizer.json", "with the add_eos_token that is meant"
+    if cause:
+        raise ExportError(f"{settings.path}: {cause}, and the last token makes the vector; export a local copy {cure}")
+    if not ends:
+        logger.warning(
+            "%s: its tokenizer puts no token behind a text, and the last token makes the vector; if it was trained "
+            "with one, its texts need that at their end",
+            checkpoint.id,
+        )
 
 
 def _folder_id(folder: Path) -> str:

@@ -190,7 +190,7 @@ def test_so_is_one_whose_class_ends_them_otherwise_than_its_file(spoilt, tmp_pat
         return loaded
 
     monkeypatch.setattr(pipeline, "load_tokenizer", load_and_end)
-    with pytest.raises(ExportError, match="transformers ends texts with another token than tokenizer.json"):
+    with pytest.raises(ExportError, match="transformers ends texts otherwise than tokenizer.json"):
         export_model(str(folder), tmp_path / "out", ["fp32"])
 
 
