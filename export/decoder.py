@@ -55,13 +55,11 @@ class DecoderConfig:
         """Check what a spoilt ``config.json`` may hold.
 
         Raises:
-            ValueError: As ``check_shape`` and ``check_theta``, or heads that ``GroupQueryAttention`` can't take.
+            ValueError: As ``check_shape`` and ``check_theta``, or the heads don't share the keys evenly.
         """
         check_shape(self, key_heads=1, head=1, **({} if self.window is None else {"window": 1}))
         if self.heads % self.key_heads:
             raise ValueError(f"{self.heads} attention heads can't share {self.key_heads} keys evenly")
-        if self.head % 16:
-            raise ValueError(f"heads of {self.head} dimensions, which ONNX Runtime takes in multiples of 16 alone")
         check_theta(self.theta)
 
 

@@ -223,7 +223,7 @@ def test_its_config_is_read_as_transformers_5_writes_it_too(checkpoint, tmp_path
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "layers local"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layers local"),
         ("mistral", {"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
-        ("qwen3", {"head_dim": 24}, "multiples of 16"),
+        ("qwen3", {"head_dim": 24}, "24 dimensions, not a multiple of 16"),
         ("qwen2", {"num_key_value_heads": 3}, "share 3 keys"),
         ("qwen2", {"num_key_value_heads": "2"}, "key_heads is '2'"),
         ("mistral", {"sliding_window": 0}, "window is 0"),

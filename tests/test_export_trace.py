@@ -75,9 +75,9 @@ def test_its_linears_are_found_with_their_bias_and_all_become_int8(traced):
 def test_a_traced_graph_that_wants_more_than_the_runtime_gives_is_refused(tmp_path):
     import transformers
 
-    config = transformers.Qwen2Config(**sizes(num_key_value_heads=2, max_position_embeddings=64))
-    checkpoint = make_checkpoint(tmp_path / "qwen", config, pooling="last_token")
-    with pytest.raises(ExportError, match="'qwen2' takes position_ids beside input_ids, .* which the runtime doesn't"):
+    config = transformers.LlamaConfig(**sizes(num_key_value_heads=2, max_position_embeddings=64))
+    checkpoint = make_checkpoint(tmp_path / "llama", config, pooling="last_token")
+    with pytest.raises(ExportError, match="'llama' takes position_ids beside input_ids, .* which the runtime doesn't"):
         export_model(str(checkpoint), tmp_path / "out", ["fp32"])
 
 

@@ -14,12 +14,14 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
 
     Raises:
         ExportError: Its tokens see those behind them, or some not all of those before, its rotary positions are scaled,
-            or its activation is unknown.
+            its activation is unknown, or ``GroupQueryAttention`` can't take its heads.
     """
     ropes = [hf.get(key) or {} for key in ("rope_scaling", "rope_parameters")]  # the second is transformers 5's
     kinds = {rope.get("rope_type", rope.get("type", "default")) for rope in ropes}
     layers, activation = hf["num_hidden_layers"], hf.get("hidden_act", "silu")
     local = hf.get("use_sliding_window") and hf.get("max_window_layers", 28) < layers
+    heads = hf["num_attention_heads"]
+    head = hf.get("head_dim") or hf["hidden_size"] // heads
     for cause, is_so in {
         "is_causal or use_bidirectional_attention lets tokens see those behind them": (
             hf.get("is_causal") is False or hf.get("use_bidirectional_attention")
@@ -29,16 +31,16 @@ def config(hf: Mapping[str, Any]) -> DecoderConfig:
             local or set(hf.get("layer_types") or ()) - {"full_attention"}
         ),
         f"its hidden_act is {activation!r}": activation not in get_args(Activation),
+        f"its heads have {head} dimensions, not a multiple of 16": head % 16,
     }.items():
         if is_so:
             raise ExportError(f"its config.json is of a decoder that can't be built yet: {cause}; see docs/families.md")
-    heads = hf["num_attention_heads"]
     return DecoderConfig(
         layers=layers,
         hidden=hf["hidden_size"],
         heads=heads,
         key_heads=hf["num_key_value_heads"] or heads,
-        head=hf.get("head_dim") or hf["hidden_size"] // heads,
+        head=head,
         intermediate=hf["intermediate_size"],
         vocab=hf["vocab_size"],
         positions=hf["max_position_embeddings"],
