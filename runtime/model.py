@@ -560,10 +560,8 @@ def _choose_variant(folder: Path, manifest: Manifest, variant: str, device: str)
         return variant
     wanted = preferred[-1] if variant == "auto" else variant
     if wanted in manifest.variants:
-        raise ArtifactError(
-            f"{folder}: its {wanted} doesn't run on {device}, only {', '.join(fitting) or 'nothing'} does; pass "
-            "another variant or device"
-        )
+        others = f", only {', '.join(fitting)} does" if fitting else ""
+        raise ArtifactError(f"{folder}: its {wanted} doesn't run on {device}{others}; pass another variant or device")
     raise ArtifactError(
         f"{folder}: no variant {variant!r} for {device}, only {', '.join(manifest.variants)}; "
         f"export it with --variants {wanted}"

@@ -424,7 +424,7 @@ def test_no_variant_for_the_device_does_not_advise_to_export_a_variant_called_au
         for variant in data["variants"].values():
             variant["providers"] = ["CUDAExecutionProvider"]
 
-    with pytest.raises(ArtifactError, match="for cpu") as caught:
+    with pytest.raises(ArtifactError, match="its fp32 doesn't run on cpu; pass another") as caught:
         Embedder(edited(tiny_artifact, only_cuda), device="cpu")
     assert "--variants auto" not in str(caught.value)
 
