@@ -393,7 +393,7 @@ def _query_width(config: dict[str, Any]) -> int:
 
 
 def _left_out(subject: Subject, tokens: Sequence[int]) -> float:
-    """Those of them that our graph spares in the last layer, where only each text's first state is read."""
+    """Those of them that our graph spares in the last layer, where one state of each text is read."""
     manifest, (config, hidden, _, inner) = subject.manifest, _shape(subject)
     if query := _query_width(config):
         others = sum(tokens) - len(tokens) if manifest.pooling == "last_token" else 0

@@ -23,7 +23,7 @@ SHAPES = {
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("folder", type=Path, help="is made")
-parser.add_argument("--shape", choices=SHAPES, default="base", help="bge-base's, …, qwen3-embedding-0.6b's")
+parser.add_argument("--shape", choices=SHAPES, default="base", help="whose: base and large are bge's")
 parser.add_argument("--tokenizer", default="all-minilm-l6-v2", help="the model whose tokenizer it gets")
 options = parser.parse_args()
 

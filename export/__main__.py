@@ -22,7 +22,7 @@ try:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
-    from export.card import figures, prompt, summary, usage
+    from export.card import figures, one_line, summary, usage
     from export.catalog import POOLINGS, load_catalog
     from runtime.errors import BgeOnnxError
 except ImportError as missing:
@@ -90,7 +90,7 @@ def _list() -> None:
         table.add_column(column, no_wrap=column != "query prompt")
     for spec in load_catalog().values():
         cells = (spec.name, spec.hub, spec.kind, spec.architecture, spec.pooling, spec.dim, spec.max_length)
-        table.add_row(*(str(cell or "") for cell in cells), escape(spec.prompts.get("query", "").replace("\n", "\\n")))
+        table.add_row(*(str(cell or "") for cell in cells), escape(one_line(spec.prompts.get("query", ""))))
     _console().print(table)
 
 
@@ -133,7 +133,7 @@ def _export(options: argparse.Namespace) -> None:
     console.print(f"{manifest.name}: {summary(manifest)}", markup=False)
     if manifest.kind == "embedder":
         for name in ("query", "passage"):
-            console.print(f"{name} prompt: {prompt(manifest, name)}", markup=False)
+            console.print(f"{name} prompt: {one_line(manifest.prompts.get(name, 'none'))}", markup=False)
     console.print(table)
     console.print(f"\n{usage(manifest, str(path))}", markup=False)
 

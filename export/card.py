@@ -34,9 +34,9 @@ def figures(parity: Parity) -> dict[str, str]:
     return {name: f"{value:.6f}" for name, value in cells.items() if value is not None}
 
 
-def prompt(manifest: Manifest, kind: str) -> str:
-    """The prompt of a ``query`` or a ``passage`` in one line, or ``none``."""
-    return manifest.prompts.get(kind, "none").replace("\n", "\\n")
+def one_line(prompt: str) -> str:
+    """A prompt as it is shown."""
+    return prompt.replace("\n", "\\n")
 
 
 def summary(manifest: Manifest) -> str:
@@ -62,7 +62,7 @@ def model_card(manifest: Manifest) -> str:
         f"{' | '.join(parities[name].values())} | {quantization(variant)} |"
         for name, variant in manifest.variants.items()
     )
-    prompts = "".join(f"- {kind} prompt: `{prompt(manifest, kind)}`\n" for kind in manifest.prompts)
+    prompts = "".join(f"- {kind} prompt: `{one_line(text)}`\n" for kind, text in manifest.prompts.items())
     return f"""# {manifest.name}
 
 An ONNX {manifest.kind} exported by bge-onnx from `{source.id}`{f" at `{source.revision}`" if source.revision else ""}.

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from onnx import TensorProto
 
 from export.errors import ExportError
-from export.graph import MICROSOFT, Graph, int_value
+from export.graph import MICROSOFT, Graph
 from export.layers import (
     Activation,
     Weights,
@@ -19,6 +18,7 @@ from export.layers import (
     parameter,
     rotary_tables,
     states_at,
+    token_graph,
 )
 from runtime.manifest import Output, Pooling
 
@@ -88,12 +88,10 @@ def build_decoder(
     if tuple(outputs) != ("last_hidden_state",):
         other = next(output for output in outputs if output != "last_hidden_state")
         raise ExportError(f"{other} can't be built of a decoder; see docs/families.md")
-    graph = Graph(inputs=[int_value("input_ids", "batch", "tokens")])
-    graph.weight("flat_shape", np.array([-1, config.hidden], np.int64))
-    shape = graph.add("Shape", "input_ids", name="shape")
-    for name, width in (("hidden", config.hidden), *((part, heads * config.head) for part, heads in _parts(config))):
-        graph.add("Concat", shape, graph.integers([width]), name=f"{name}_shape", axis=0)
-    _lengths(graph, shape)
+    graph = token_graph(config.hidden)
+    for part, count in _parts(config):
+        graph.add("Concat", "shape", graph.integers([count * config.head]), name=f"{part}_shape", axis=0)
+    _lengths(graph)
     rotary_tables(graph, "rotary", config.positions, config.head, config.theta)
     x = graph.add("Gather", parameter(graph, weight, "embeddings.word", config.vocab, config.hidden), "input_ids")
     x = graph.add("Reshape", x, "flat_shape")
@@ -104,12 +102,12 @@ def build_decoder(
     return graph
 
 
-def _lengths(graph: Graph, shape: str) -> None:
+def _lengths(graph: Graph) -> None:
     """Name what ``GroupQueryAttention`` asks of texts, all of one length: ``last_places``, (batch,), and ``total``."""
-    tokens = graph.add("Gather", shape, graph.integers(1))
+    tokens = graph.add("Gather", "shape", graph.integers(1))
     graph.add("Cast", tokens, name="total", to=TensorProto.INT32)
     last = graph.add("Cast", graph.add("Sub", tokens, graph.integers(1)), to=TensorProto.INT32)
-    graph.add("Expand", last, graph.add("Slice", shape, graph.integers([0]), graph.integers([1])), name="last_places")
+    graph.add("Expand", last, graph.add("Slice", "shape", graph.integers([0]), graph.integers([1])), name="last_places")
 
 
 def _layer(graph: Graph, config: DecoderConfig, weight: Weights, layer: str, x: str, *, last: bool = False) -> str:

@@ -22,6 +22,7 @@ from export.layers import (
     parameter,
     reads_first,
     states_at,
+    token_graph,
     vocabulary_weights,
 )
 from runtime.manifest import Output, Pooling
@@ -80,7 +81,7 @@ def build_encoder(
         pooling: How it pools. By ``cls`` it gives ``sentence_embedding`` (batch, hidden) for ``last_hidden_state``,
             unless there are other outputs.
     """
-    graph = Graph(inputs=[int_value("input_ids", "batch", "tokens")])
+    graph = token_graph(config.hidden)
     pairs = "logits" in outputs and config.token_types > 1
     if pairs:
         graph.inputs.append(int_value("token_type_ids", "batch", "tokens"))
@@ -95,13 +96,9 @@ def build_encoder(
 
 
 def _embeddings(graph: Graph, config: EncoderConfig, weight: Weights, pairs: bool) -> str:
-    """Flat embedded tokens, (batch · tokens, hidden); names ``hidden_shape`` on the way."""
-    graph.weight("hidden", np.array([config.hidden], np.int64))
-    graph.weight("flat_shape", np.array([-1, config.hidden], np.int64))
-    shape = graph.add("Shape", "input_ids", name="shape")
-    graph.add("Concat", shape, "hidden", name="hidden_shape", axis=0)
+    """Flat embedded tokens, (batch · tokens, hidden); names ``tokens``, their number in a text, on the way."""
     x = graph.add("Gather", parameter(graph, weight, "embeddings.word", config.vocab, config.hidden), "input_ids")
-    graph.add("Gather", shape, graph.weight("one", np.array([1], np.int64)), name="tokens")
+    graph.add("Gather", "shape", graph.weight("one", np.array([1], np.int64)), name="tokens")
     table = graph.weight("embeddings.position", position_table(config, weight, pairs))
     if config.pad is None:
         places = graph.add("Slice", table, graph.weight("zero", np.array([0], np.int64)), "tokens")

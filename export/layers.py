@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from export.errors import ExportError
-from export.graph import MICROSOFT, Graph, Loader, float_value
+from export.graph import MICROSOFT, Graph, Loader, float_value, int_value
 from runtime.manifest import Output, Pooling
 from runtime.pooling import POOLED
 
@@ -31,7 +31,7 @@ def check_shape(config: Any, **least: int) -> None:  # noqa: ANN401
         value = getattr(config, name)
         if type(value) is not int or value < lowest:
             raise ValueError(f"{name} is {value!r:.60}, not a whole number from {lowest} up")
-    if "head" not in least and config.hidden % config.heads:
+    if not hasattr(config, "head") and config.hidden % config.heads:
         raise ValueError(f"{config.heads} attention heads can't share {config.hidden} dimensions evenly")
     if not isinstance(config.norm_eps, float | int):
         raise ValueError(f"the norms' epsilon is {config.norm_eps!r:.60}, not a number")
@@ -56,6 +56,19 @@ def rotary_tables(graph: Graph, kind: str, positions: int, size: int, theta: flo
     angle = np.arange(positions, dtype=np.float32)[:, None] * frequency
     graph.weight(f"{kind}.cos", np.cos(angle))
     graph.weight(f"{kind}.sin", np.sin(angle))
+
+
+def token_graph(hidden: int) -> Graph:
+    """A graph of ``input_ids``, int64 (batch, tokens).
+
+    It names their ``shape``, that of their states, ``hidden_shape``, and ``flat_shape`` for states laid in one row.
+    """
+    graph = Graph(inputs=[int_value("input_ids", "batch", "tokens")])
+    graph.weight("flat_shape", np.array([-1, hidden], np.int64))
+    graph.add(
+        "Concat", graph.add("Shape", "input_ids", name="shape"), graph.integers([hidden]), name="hidden_shape", axis=0
+    )
+    return graph
 
 
 def linear(

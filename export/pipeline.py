@@ -41,6 +41,7 @@ from runtime.manifest import (
     describe_file,
 )
 from runtime.pooling import Floats
+from runtime.session import provider_of
 from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 VARIANTS = ("fp32", "int8", "fp16")
 BY_DEFAULT = ("fp32", "int8")
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+CPU, CUDA = provider_of("cpu"), provider_of("cuda")
 PROVIDERS = {"fp32": (CPU, CUDA), "int8": (CPU,), "fp16": (CUDA,)}
 """Where each variant runs, unless the family's fp32 isn't for CUDA."""
 TOOLS = ("bge-onnx", "torch", "transformers", "optimum-onnx", "onnx", "onnxruntime", "tokenizers", "numpy")

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from export.errors import ExportError
-from export.graph import MICROSOFT, Graph, float_value, int_value
+from export.graph import MICROSOFT, Graph, float_value
 from export.layers import (
     Activation,
     Weights,
@@ -22,6 +22,7 @@ from export.layers import (
     reads_first,
     rotary_tables,
     states_at,
+    token_graph,
     vocabulary_weights,
 )
 from runtime.manifest import Output, Pooling
@@ -88,10 +89,7 @@ def build_prenorm(
         outputs: What the graph gives.
         pooling: How it pools; by ``cls`` it gives ``sentence_embedding``, as ``build_encoder``.
     """
-    graph = Graph(inputs=[int_value("input_ids", "batch", "tokens")])
-    graph.weight("flat_shape", np.array([-1, config.hidden], np.int64))
-    shape = graph.add("Shape", "input_ids", name="shape")
-    graph.add("Concat", shape, graph.integers([config.hidden]), name="hidden_shape", axis=0)
+    graph = token_graph(config.hidden)
     head = config.hidden // config.heads
     rotary_tables(graph, "global", config.positions, head, config.global_theta)
     if config.global_every > 1:

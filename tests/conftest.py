@@ -1,5 +1,6 @@
 """Shared checkpoints and artifacts: the real all-MiniLM-L6-v2, and tiny random models with a tokenizer of their own."""
 
+import dataclasses
 import json
 import math
 import os
@@ -134,6 +135,18 @@ def make_checkpoint(
         settings = {f"pooling_mode_{name}": name == names[pooling] for name in names.values()}
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
     return folder
+
+
+def graph_of(folder, pooling=None, **changes):
+    """What is built of a checkpoint with a pooling, and perhaps another configuration."""
+    from export.families import find_family, weight_finder
+    from export.source import resolve_source
+
+    checkpoint = resolve_source(str(folder))
+    family = find_family(checkpoint.config["model_type"])
+    config = dataclasses.replace(family.config(checkpoint.config), **changes)
+    weight = weight_finder(family, checkpoint.weights())
+    return family.build(config, weight, ("last_hidden_state",), pooling), config
 
 
 def sizes(**changes) -> dict:

@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import make_checkpoint, save_bytes, sizes
+from conftest import graph_of, make_checkpoint, save_bytes, sizes
 
 from export import pipeline
 from export.calibrate import collect
 from export.errors import ExportError
-from export.families import find_family, weight_finder
+from export.families import find_family
 from export.pipeline import export_model
 from export.quantize import find_linears, quantize_graph, quantize_linears
-from export.source import resolve_source
 from runtime import BgeOnnxError, Embedder
 from runtime.session import create_session
 
@@ -58,14 +57,6 @@ def checkpoint(tmp_path_factory):
     return make
 
 
-def graph_of(folder, pooling):
-    """What is built of a checkpoint with a pooling."""
-    source = resolve_source(str(folder))
-    family = find_family(source.config["model_type"])
-    weight = weight_finder(family, source.weights())
-    return family.build(family.config(source.config), weight, ("last_hidden_state",), pooling)
-
-
 def opened(graph, path):
     """A session of a graph."""
     graph.save(path)
@@ -93,7 +84,7 @@ def test_a_decoder_is_built_and_has_the_vectors_of_transformers(checkpoint, tmp_
 def test_all_states_are_those_of_transformers_in_any_batch(checkpoint, tmp_path, family, changes, tokens):
     folder = checkpoint(family, **changes)
     ids = np.random.default_rng(tokens).integers(0, 900, (3, tokens))
-    session = opened(graph_of(folder, "mean"), tmp_path / "m.onnx")
+    session = opened(graph_of(folder)[0], tmp_path / "m.onnx")
     ours = session.run(None, {"input_ids": ids})[0]
     model = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.inference_mode():
@@ -115,13 +106,13 @@ def test_pooled_by_its_last_token_it_makes_no_other_last_states_and_the_same_bit
     checkpoint, tmp_path, family, changes
 ):
     folder = checkpoint(family, **changes)
-    fp32, draw = graph_of(folder, "last_token"), np.random.default_rng(0)
+    fp32, draw = graph_of(folder, "last_token")[0], np.random.default_rng(0)
     texts = [(draw.integers(0, 900, 30).tolist(), [0] * 30) for _ in range(60)]
     inputs = dict.fromkeys(linear.input for linear in find_linears(fp32))
     int8 = quantize_graph(fp32, quantize_linears(fp32, collect(fp32, list(inputs), texts)))
     assert sum(node.op_type == "MatMulIntegerToFloat" for node in int8.nodes) == 7 * 2
     assert not any(node.op_type == "Gemm" for node in int8.nodes)
-    whole = opened(graph_of(folder, "mean"), tmp_path / "whole.onnx")
+    whole = opened(graph_of(folder)[0], tmp_path / "whole.onnx")
     fp32, int8 = opened(fp32, tmp_path / "fp32.onnx"), opened(int8, tmp_path / "int8.onnx")
     for count, tokens in ((1, 1), (5, 7), (2, 60), (3, 300)):
         ids = draw.integers(0, 900, (count, tokens))
@@ -289,7 +280,7 @@ print(peak() - before)
 def test_a_long_text_takes_no_memory_by_the_square_of_its_tokens_nor_by_its_layers(tmp_path):
     config = CONFIGS["qwen3"](num_hidden_layers=24, max_position_embeddings=4096, num_key_value_heads=4)
     folder = make_checkpoint(tmp_path / "m", config, "last_token", tokenizer=save_bytes)
-    graph_of(folder, "last_token").save(tmp_path / "m.onnx")
+    graph_of(folder, "last_token")[0].save(tmp_path / "m.onnx")
     command = [sys.executable, "-c", MEMORY, str(tmp_path / "m.onnx")]
     took = float(subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout)
     # All scores of a layer would be 268 MB, all layers' keys and values 101 MB.

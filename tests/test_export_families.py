@@ -9,15 +9,14 @@ import onnxruntime
 import pytest
 import torch
 import transformers
-from conftest import make_checkpoint, make_splade, save_unigram, sizes, tiny_bert_config, tiny_xlmr_config
+from conftest import graph_of, make_checkpoint, make_splade, save_unigram, sizes, tiny_bert_config, tiny_xlmr_config
 
 from export.calibrate import collect
 from export.errors import ExportError
-from export.families import find_family, weight_finder
+from export.families import find_family
 from export.graph import float_value, load_graph
 from export.pipeline import export_model
 from export.quantize import find_linears, quantize_graph, quantize_linears
-from export.source import resolve_source
 from export.verify import cosines
 from runtime import Embedder, Reranker
 from runtime.session import create_session
@@ -127,15 +126,6 @@ def test_a_splade_has_the_weights_of_transformers(checkpoint, tmp_path, family):
     ]
     assert all(value > 0 for value in weights.values())
     assert all(0 <= int(token) < 1000 for token in weights)
-
-
-def graph_of(folder, pooling=None, **changes):
-    """What is built of a checkpoint with a pooling, and perhaps another configuration."""
-    checkpoint = resolve_source(str(folder))
-    family = find_family(checkpoint.config["model_type"])
-    config = dataclasses.replace(family.config(checkpoint.config), **changes)
-    weight = weight_finder(family, checkpoint.weights())
-    return family.build(config, weight, ("last_hidden_state",), pooling), config
 
 
 @pytest.mark.parametrize(("family", "changes"), LAST_LAYERS)
