@@ -78,12 +78,12 @@ class Worker:
             pass  # it has died, as its missing answer will tell
         return self._answer()
 
-    def answers(self, inputs: list[Any], batch: int) -> NDArray[np.float32]:
-        """Vectors ``(n, dim)`` of texts, or scores ``(n,)`` of pairs, float32."""
+    def answers(self, inputs: list[Any], batch: int) -> NDArray[Any]:
+        """Vectors ``(n, dim)`` of texts, or scores ``(n,)`` of pairs, float32; entries of sparse vectors, float64."""
         with tempfile.TemporaryDirectory(prefix="bge-onnx-") as folder:
             path = Path(folder) / "answers.npy"
             self.ask("answers", inputs=inputs, batch=batch, path=str(path))
-            found: NDArray[np.float32] = np.load(path)
+            found: NDArray[Any] = np.load(path)
         return found
 
     def close(self) -> None:

@@ -4,10 +4,11 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import csr_array, issparse
 from scipy.stats import spearmanr
 
 from benchmarks.client import Worker, prepared
@@ -23,7 +24,7 @@ CANDIDATES = 100
 CHUNK = 2000
 """Pairs that a reranker is handed at once, so that progress shows."""
 
-Floats = NDArray[np.float32]
+Vectors: TypeAlias = NDArray[Any] | csr_array
 Ranking = dict[str, dict[str, float]]
 """Scores by query and document."""
 
@@ -59,13 +60,13 @@ def measure_quality(
             if pairs:
                 for result in _sts(job, name, pairs, journal, reference):
                     found(result)
-            if data and job.kind == "embedder":
+            if data and job.kind != "reranker":
                 for result in _retrieval(job, name, data, prompts or {}, journal, reference):
                     found(result)
         except EngineError as error:
             left_out(error)
             continue
-        if (job.engine, job.variant) == BASELINE and job.kind == "embedder":
+        if (job.engine, job.variant) == BASELINE and job.kind != "reranker":
             reference = job
 
 
@@ -122,7 +123,8 @@ def measure_two_stages(
 class _Answers:
     """What an engine made of some inputs, in a process of its own."""
 
-    found: Floats
+    found: Vectors
+    """Or scores."""
     peak_mb: float
     versions: dict[str, str]
 
@@ -130,12 +132,14 @@ class _Answers:
 @functools.lru_cache(maxsize=4)  # an engine's, and the baseline's, which every engine's are compared with
 def _answers(job: Job, inputs: tuple[Any, ...]) -> _Answers:
     with Worker(prepared(job)) as worker:
-        found = worker.answers(list(inputs), BATCH)
+        found: Vectors = worker.answers(list(inputs), BATCH)
+        if job.kind == "sparse_embedder":
+            found = csr_array((found[:, 2], found[:, :2].T.astype(np.int64)), (len(inputs), job.dim))
         return _Answers(found, worker.ask("memory")["peak_mb"], worker.versions)
 
 
 def _sts(job: Job, name: str, pairs: Pairs, journal: Journal, reference: Job | None) -> list[Result]:
-    """Spearman's correlation (×100) of cosines, or of a reranker's scores, with human ones, as MTEB reports it."""
+    """Spearman's correlation (×100) of similarities, or of a reranker's scores, with human ones, as MTEB reports it."""
     result = _result("sts", job, name, {"data": pairs.name, "pairs": len(pairs.gold)})
     if result in journal:
         return []
@@ -144,8 +148,8 @@ def _sts(job: Job, name: str, pairs: Pairs, journal: Journal, reference: Job | N
         scores = (answers := _answers(job, inputs)).found
     else:
         inputs = (*pairs.left, *pairs.right)
-        a, b = np.split(_unit((answers := _answers(job, inputs)).found), 2)
-        scores = (a * b).sum(1)
+        vectors = _comparable((answers := _answers(job, inputs)).found)
+        scores = _dots(vectors[: len(pairs.left)], vectors[len(pairs.left) :])
     figures = {"spearman": 100 * float(spearmanr(scores, pairs.gold).statistic)}
     return [_add(journal, result, answers.versions, figures | _cosines(answers, reference, inputs))]
 
@@ -166,7 +170,11 @@ def _cosines(answers: _Answers, reference: Job | None, inputs: tuple[Any, ...]) 
     """The mean and the least cosine to the reference's vectors, if there is one."""
     if reference is None:
         return {}
-    found = (_unit(answers.found) * _unit(_answers(reference, inputs).found)).sum(1)
+    # In float64, so that equal vectors have a cosine of 1; so have two sparse ones without any entry.
+    a, b = (held.found.astype(np.float64) for held in (answers, _answers(reference, inputs)))
+    aa, bb = _dots(a, a), _dots(b, b)
+    lengths = np.sqrt(aa * bb)
+    found = np.divide(_dots(a, b), lengths, out=(aa == bb).astype(float), where=lengths > 0)
     return {"cosine mean": float(found.mean()), "cosine min": float(found.min())}
 
 
@@ -176,10 +184,11 @@ def _searched(data: Beir, prompts: dict[str, str]) -> tuple[str, ...]:
     return (*queries, *(prompts.get("passage", "") + text for text in data.corpus.values()))
 
 
-def _nearest(vectors: Floats, data: Beir) -> Ranking:
-    """The 100 documents nearest to each query by cosine."""
-    queries, corpus = np.split(_unit(vectors), [len(data.queries)])
-    scores = queries @ corpus.T
+def _nearest(vectors: Vectors, data: Beir) -> Ranking:
+    """The 100 documents most similar to each query."""
+    vectors, count = _comparable(vectors), len(data.queries)
+    scores: Any = vectors[:count] @ vectors[count:].T
+    scores = scores.toarray() if issparse(scores) else scores
     best = np.argsort(-scores, axis=1, kind="stable")[:, :CANDIDATES]
     ids = list(data.corpus)
     return {
@@ -208,6 +217,14 @@ def _add(journal: Journal, result: Result, versions: dict[str, str], figures: di
     return journal.add(result.filled({name: Figure.of(value) for name, value in figures.items()}, versions))
 
 
-def _unit(vectors: NDArray[Any]) -> NDArray[Any]:
-    exact = vectors.astype(np.float64)  # so that equal vectors have a cosine of 1
+def _comparable(vectors: Vectors) -> Vectors:
+    """What has similarities as dot products: unit vectors, or sparse ones as they are, since so they are trained."""
+    if issparse(vectors):
+        return vectors
+    exact = vectors.astype(np.float64)
     return exact / np.linalg.norm(exact, axis=1, keepdims=True)
+
+
+def _dots(a: Vectors, b: Vectors) -> NDArray[np.float64]:
+    """Of each row with the other's."""
+    return (a * b).sum(1)

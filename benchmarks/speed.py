@@ -381,7 +381,8 @@ def _operations(subject: Subject, tokens: Sequence[int]) -> float:
     wide = -(-layers // config.get("global_attn_every_n_layers", 3)) if modern else layers
     window = config.get("local_attention", 128)
     seen = sum(wide * count * count + (layers - wide) * count * min(count, window) for count in tokens)
-    return float(layers * 2 * hidden * (4 * hidden + inner) * sum(tokens) + 4 * hidden * seen)
+    head = hidden + subject.manifest.dim if subject.kind == "sparse_embedder" else 0  # of words, on each token
+    return float(2 * hidden * (layers * (4 * hidden + inner) + head) * sum(tokens) + 4 * hidden * seen)
 
 
 def _query_width(config: dict[str, Any]) -> int:

@@ -11,7 +11,7 @@ from benchmarks.client import HOME, REQUIREMENTS
 from benchmarks.engines import ENGINES, plain
 from benchmarks.engines.openvino import CALIBRATION
 from benchmarks.errors import EngineError
-from benchmarks.worker import Job, versions
+from benchmarks.worker import Job, Kind, versions
 from export.errors import ExportError
 from export.source import resolve_source
 from runtime.manifest import Manifest, describe_file, load_manifest
@@ -29,6 +29,11 @@ class Subject:
     manifest: Manifest
     checkpoint: Path | None
     """None where the peers can't be measured."""
+
+    @property
+    def kind(self) -> Kind:
+        """Of its jobs: an embedder that has no dense vectors (SPLADE) is another kind."""
+        return "sparse_embedder" if self.manifest.outputs == ("vocabulary_weights",) else self.manifest.kind
 
 
 def open_subject(artifact: Path, checkpoint: str | None = None) -> Subject:
@@ -75,12 +80,14 @@ def plan_jobs(
 
 def _variants(engine: str, kind: str, device: str) -> tuple[str, ...]:
     module = import_module(f"benchmarks.engines.{engine}")
+    if not hasattr(module, kind):
+        return ()
     variants: tuple[str, ...] = module.VARIANTS.get(kind, ()) if device == "cpu" else getattr(module, "CUDA", ())
     return variants
 
 
 def _chosen(subject: Subject, engines: str | None, device: str) -> list[tuple[str, str]]:
-    kind = subject.manifest.kind
+    kind = subject.kind
     offered = {engine: _variants(engine, kind, device) for engine in (ENGINES if subject.checkpoint else ENGINES[:1])}
     ours = subject.manifest.variants.items()
     offered["ours"] = tuple(name for name, variant in ours if provider_of(device) in variant.providers)
@@ -92,7 +99,7 @@ def _chosen(subject: Subject, engines: str | None, device: str) -> list[tuple[st
         fitting = [held for held in offered.get(engine, ()) if held == (variant or held)]
         if not fitting:
             known = ", ".join(f"{e}:{v}" for e, variants in offered.items() for v in variants)
-            raise EngineError(f"--engines {name}: is none of {known}, the engines for this {kind}")
+            raise EngineError(f"--engines {name}: is none of {known}, the engines for this {kind.replace('_', ' ')}")
         chosen += [(engine, held) for held in fitting]
     return chosen
 
@@ -109,12 +116,13 @@ def _job(subject: Subject, engine: str, variant: str, threads: int, device: Lite
     return Job(
         engine=engine,
         variant=variant,
-        kind=manifest.kind,
+        kind=subject.kind,
         source=str(source),
         checkpoint=str(subject.checkpoint or ""),
         stock=stock,
         pooling=manifest.pooling or "",
         normalize=manifest.normalize,
+        dim=manifest.dim,
         max_length=manifest.max_length,
         threads=threads,
         device=device,

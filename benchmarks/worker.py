@@ -21,10 +21,19 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-Run: TypeAlias = Callable[[Sequence[Any], int], NDArray[np.float32]]
-"""What an engine is: (texts, batch size) to vectors ``(n, dim)``, or (pairs, batch size) to raw scores ``(n,)``."""
+Kind: TypeAlias = Literal["embedder", "sparse_embedder", "reranker"]
+Entries: TypeAlias = Callable[[], NDArray[np.float64]]
+"""What makes an array ``(entries, 3)`` of sparse vectors, which are in the engine's own form until it is called: the
+place of the text, the token id and the weight of each entry."""
+Run: TypeAlias = Callable[[Sequence[Any], int], NDArray[np.float32] | Entries]
+"""What an engine is: (texts, batch size) to vectors ``(n, dim)`` or, if they are sparse, what makes entries of them; or
+(pairs, batch size) to raw scores ``(n,)``."""
 
-WARM = {"embedder": "a first text", "reranker": ["a first query", "and its passage"]}
+WARM = {
+    "embedder": "a first text",
+    "sparse_embedder": "a first text",
+    "reranker": ["a first query", "and its passage"],
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +43,7 @@ class Job:
     engine: str
     """Name of its module in ``engines``."""
     variant: str
-    kind: Literal["embedder", "reranker"]
+    kind: Kind
     source: str
     """The folder that it loads, which is also where ``prepare`` writes it."""
     checkpoint: str = ""
@@ -43,6 +52,8 @@ class Job:
     """Folder with the plain ``model.onnx`` that optimum makes of the checkpoint, and its tokenizer."""
     pooling: str = "mean"
     normalize: bool = True
+    dim: int = 0
+    """Of a vector, dense or sparse."""
     max_length: int = 512
     threads: int = 1
     device: Literal["cpu", "cuda"] = "cpu"
@@ -127,8 +138,9 @@ def latency(run: Run, inputs: list[Any], callers: int, pause: float) -> dict[str
 
 
 def answers(run: Run, inputs: list[Any], batch: int, path: str) -> dict[str, Any]:
-    """Write the vectors or scores of all inputs to a ``.npy`` file."""
-    found = np.asarray(run(inputs, batch), np.float32)
+    """Write the vectors, the entries of sparse ones, or the scores of all inputs to a ``.npy`` file."""
+    given = run(inputs, batch)
+    found = given() if callable(given) else np.asarray(given, np.float32)
     np.save(path, found)
     return {"shape": found.shape}
 

@@ -225,7 +225,9 @@ def make_splade(folder: Path) -> Path:
     """Let a masked language model's checkpoint say that it is a SPLADE."""
     modules = [("MLMTransformer", ""), ("SpladePooling", "1_SpladePooling")]
     prefix = "sentence_transformers.sparse_encoder.models."
-    (folder / "modules.json").write_text(json.dumps([{"type": prefix + name, "path": path} for name, path in modules]))
+    held = [{"name": name, "type": prefix + name, "path": path} for name, path in modules]
+    (folder / "modules.json").write_text(json.dumps(held))
+    (folder / "config_sentence_transformers.json").write_text('{"model_type": "SparseEncoder"}')
     (folder / "1_SpladePooling").mkdir(exist_ok=True)
     (folder / "1_SpladePooling" / "config.json").write_text('{"pooling_strategy": "max"}')
     return folder

@@ -18,21 +18,22 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
+from scipy.sparse import csr_array
 
-from benchmarks import client, machine, speed, worker
+from benchmarks import client, machine, quality, speed, worker
 from benchmarks import subject as subject_module
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
 from benchmarks.data import read_beir, read_sts, sample_texts
 from benchmarks.engines import fastembed, flashrank, plain
-from benchmarks.errors import DataError
+from benchmarks.errors import DataError, EngineError
 from benchmarks.mteb import mteb_encoder
 from benchmarks.report import full_report, int8_table, newest_results, readme_section, section, update_readme
 from benchmarks.results import Figure, Journal, Result, newest, read_results
 from benchmarks.speed import PROFILES, Bench, Profile, measure_speed
 from benchmarks.subject import open_subject, plan_jobs, size_mb
 from benchmarks.worker import Job
-from runtime import Embedder
+from runtime import Embedder, sparse_matrix
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "full.jsonl"
@@ -415,19 +416,22 @@ def test_what_torch_loads_is_one_format(tmp_path):
     assert size_mb(dataclasses.replace(job, source=str(tmp_path / "onnx"))) == 4
 
 
-def test_operations_count_modernberts_gate_and_window_and_a_decoders_groups(tmp_path):
+def test_operations_count_modernberts_gate_and_window_a_decoders_groups_and_a_head_of_words(tmp_path):
     config = {"hidden_size": 4, "num_hidden_layers": 4, "intermediate_size": 8}
-    subject = SimpleNamespace(checkpoint=tmp_path)
+    subject = SimpleNamespace(checkpoint=tmp_path, kind="embedder", manifest=SimpleNamespace(dim=50))
 
     def operations(**more: object) -> float:
         (tmp_path / "config.json").write_text(json.dumps(config | more))
         return speed._operations(subject, [10])
 
-    assert operations() == 4 * (2 * (4 * 16 + 2 * 32) * 10 + 4 * 4 * 100)
+    encoder = operations()
+    assert encoder == 4 * (2 * (4 * 16 + 2 * 32) * 10 + 4 * 4 * 100)
     modern = operations(model_type="modernbert", global_attn_every_n_layers=3, local_attention=4)
     assert modern == 4 * 2 * (4 * 16 + 3 * 32) * 10 + 4 * 4 * (2 * 100 + 2 * 40)  # layers 0 and 3 see all
     decoder = operations(num_attention_heads=2, num_key_value_heads=1, head_dim=3)
     assert decoder == 4 * 2 * ((2 * 24 + 2 * 12 + 3 * 32) * 10 + 2 * 6 * 55)  # pairs of a token and one up to it
+    subject.kind = "sparse_embedder"
+    assert operations() == encoder + 2 * (16 + 4 * 50) * 10  # a linear, and one to each of 50 words
 
 
 def test_what_nobody_reads_of_a_last_layer_counts_for_the_others_alone(tmp_path):
@@ -438,7 +442,7 @@ def test_what_nobody_reads_of_a_last_layer_counts_for_the_others_alone(tmp_path)
         manifest = SimpleNamespace(architecture=architecture, pooling=pooling, outputs=outputs)
         return speed._left_out(SimpleNamespace(checkpoint=tmp_path, manifest=manifest), [10, 7])
 
-    whole = speed._operations(SimpleNamespace(checkpoint=tmp_path), [10, 7])
+    whole = speed._operations(SimpleNamespace(checkpoint=tmp_path, kind="reranker"), [10, 7])
     keys_and_values, rest, attention = 2 * 2 * 16 * 17, 2 * (2 * 16 + 2 * 32) * 2, 4 * 4 * 17
     assert whole - left_out("bert", None, "logits") == keys_and_values + rest + attention
     assert left_out("bert", "cls", "last_hidden_state") == left_out("bert", None, "logits")
@@ -620,10 +624,12 @@ def test_texts_of_differing_lengths_are_more_than_a_batch():
     assert min(count for held in counts.values() for kind, count in held.items() if kind in ("medium", "spread")) >= 96
 
 
-def test_two_stages_are_measured_before_and_after_the_reranker(tiny_artifact, tiny_reranker, beir, tmp_path):
+@pytest.mark.parametrize(("model", "variant"), [("tiny_artifact", "int8"), ("tiny_splade", "fp32")])
+def test_two_stages_are_measured_before_and_after_the_reranker(model, variant, tiny_reranker, beir, tmp_path, request):
     reranker, _ = tiny_reranker("bert")
     path = tmp_path / "results.jsonl"
-    arguments = ["quality", str(tiny_artifact), "--engines", "ours:int8", "--threads", "1", "--beir", str(beir())]
+    artifact = str(request.getfixturevalue(model))
+    arguments = ["quality", artifact, "--engines", f"ours:{variant}", "--threads", "1", "--beir", str(beir())]
     arguments += ["--reranker", str(reranker), "--reranker-engines", "ours:fp32", "--results", str(path)]
     assert main(arguments) == 0
     (measured,) = [r for r in read_results(path) if r.benchmark == "two-stage"]
@@ -642,6 +648,74 @@ def test_a_rerankers_speed_and_quality_are_reported(tiny_reranker, tmp_path, mon
     found = full_report(newest_results(path), [])
     assert "test Spearman × 100" in found
     assert "| **bge-onnx** int8 |" in found.partition("**Texts (or pairs) a second**")[2]
+
+
+def test_a_sparse_embedder_is_measured_by_dot_products_beside_a_sparse_encoder(
+    tiny_splade, beir, tmp_path, monkeypatch
+):
+    """Of texts whose order by cosines is another."""
+    texts = ["water", "A river", "stone", "stone " * 20]
+    embedder = Embedder(tiny_splade, "fp32", "cpu", 1)
+    weights = embedder.encode(texts, return_dense=False, return_sparse=True)["lexical_weights"]
+    vectors = sparse_matrix(weights, embedder.dim).toarray()
+    dots = vectors[1:] @ vectors[0]
+    assert np.argsort(dots).tolist() == [1, 2, 0]
+    assert np.argsort(dots / np.linalg.norm(vectors[1:], axis=1)).tolist() == [2, 0, 1]
+
+    monkeypatch.setitem(PROFILES, "quick", SMALL)
+    rows = zip(texts[1:], (5, 1, 3), strict=True)
+    (tmp_path / "test.csv").write_text("".join(f"{texts[0]},{text},{gold}\n" for text, gold in rows))
+    path, checkpoint = tmp_path / "results.jsonl", str(tiny_splade.parent / "splade")
+    arguments = [str(tiny_splade), "--checkpoint", checkpoint, "--threads", "1", "--results", str(path)]
+    both = ["--engines", "ours,sentence_transformers:fp32"]
+    assert main(["all", *arguments, "--engines", "ours", "--sts", str(tmp_path)]) == 0
+    assert main(["quality", *arguments, *both, "--beir", str(beir())]) == 0
+    found = {(r.benchmark, r.engine): r.figures for r in read_results(path)}
+    assert found["sts", "ours"]["spearman"].median == 100
+    assert found["retrieval", "ours"]["cosine min"].median == pytest.approx(1, abs=1e-5)
+    for engine in ("ours", "sentence_transformers"):
+        assert found["retrieval", engine]["MRR@10"].median == 1  # the river
+    assert {"texts/s", "fp32 Gop/s"} <= set(found["bulk", "ours"])
+    assert "| **bge-onnx** fp32 |" in full_report(newest_results(path), []).partition("**Quality**")[2]
+
+
+def test_a_sparse_embedder_has_the_engines_that_give_sparse_vectors(tiny_splade):
+    subject = open_subject(tiny_splade, str(tiny_splade.parent / "splade"))
+    torch = ["sentence_transformers fp32", "sentence_transformers bf16"]
+    for device, more in (("cpu", []), ("cuda", ["sentence_transformers fp16"])):
+        jobs = plan_jobs(subject, threads=1, device=device)
+        assert {client.name_of(job) for job in jobs} == {"ours fp32", *torch, *more}
+    with pytest.raises(EngineError, match="--engines optimum: is none of ours:fp32, .* for this sparse embedder"):
+        plan_jobs(subject, "optimum", threads=1)
+
+
+def test_sparse_vectors_are_made_arrays_where_nothing_is_timed(tmp_path):
+    made = []
+
+    def run(texts, batch):
+        return lambda: made.append(texts) or np.array([[0, 30_521, 0.5]])
+
+    worker.bulk(run, ["a"], 32, 0)
+    worker.latency(run, ["a"], 1, 0)
+    assert not made
+    worker.answers(run, ["a"], 32, str(tmp_path / "answers.npy"))
+    assert made == [["a"]]
+    np.testing.assert_array_equal(np.load(tmp_path / "answers.npy"), [[0, 30_521, 0.5]])
+
+
+def test_two_texts_without_any_weight_have_the_same_vector(monkeypatch):
+    given = [[3, 4], [0, 0], [0, 0], [0, 0]], [[4, 3], [0, 0], [0, 0], [1, 0]]
+    answers, reference = (quality._Answers(csr_array(rows), 0, {}) for rows in given)
+    monkeypatch.setattr(quality, "_answers", lambda job, inputs: reference)
+    found = quality._cosines(answers, Job(engine="", variant="", kind="sparse_embedder", source=""), ())
+    assert found == {"cosine mean": pytest.approx((0.96 + 1 + 1 + 0) / 4), "cosine min": 0}
+
+
+def test_a_retriever_of_a_sparse_embedder_is_refused(tiny_splade, tiny_reranker, tmp_path, capsys):
+    reranker, _ = tiny_reranker("bert")
+    arguments = ["retriever", str(tiny_splade), "--reranker", str(reranker), "--threads", "1"]
+    assert main([*arguments, "--results", str(tmp_path / "results.jsonl")]) == 1
+    assert "error: splade has no dense_vecs, only lexical_weights" in " ".join(capsys.readouterr().err.split())
 
 
 def test_our_embedder_is_mtebs_encoder(tiny_artifact, monkeypatch):

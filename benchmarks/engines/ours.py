@@ -1,9 +1,11 @@
 """This project: an artifact run by ``runtime``."""
 
-from benchmarks.worker import Job, Run
+from collections.abc import Sequence
+
+from benchmarks.worker import Entries, Job, Run
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "tokenizers", "numpy")
-VARIANTS = {"embedder": ("fp32", "int8"), "reranker": ("fp32", "int8")}
+VARIANTS = {"embedder": ("fp32", "int8"), "sparse_embedder": ("fp32", "int8"), "reranker": ("fp32", "int8")}
 PREPARED: dict[str, str] = {}
 
 
@@ -13,6 +15,24 @@ def embedder(job: Job) -> Run:
 
     model = Embedder(job.source, job.variant, device=job.device, threads=job.threads)
     return lambda texts, batch: model.encode(list(texts))
+
+
+def sparse_embedder(job: Job) -> Run:
+    """Texts grouped by exact length, whatever the batch size; a dict of weights for each."""
+    import numpy as np
+
+    from runtime import Embedder
+
+    model = Embedder(job.source, job.variant, device=job.device, threads=job.threads)
+
+    def run(texts: Sequence[str], batch: int) -> Entries:
+        found = model.encode(list(texts), return_dense=False, return_sparse=True)["lexical_weights"]
+        return lambda: np.fromiter(
+            ((i, int(token), weight) for i, weights in enumerate(found) for token, weight in weights.items()),
+            np.dtype((np.float64, 3)),
+        )
+
+    return run
 
 
 def reranker(job: Job) -> Run:

@@ -1,14 +1,19 @@
 """sentence-transformers: torch in fp32, in bf16 where the CPU has it, in fp16 on CUDA; and its ONNX backend."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.worker import Job, Run
+from benchmarks.worker import Entries, Job, Run
 
 PACKAGES = ("sentence-transformers", "transformers", "torch", "onnxruntime", "optimum-onnx")
-VARIANTS = {"embedder": ("fp32", "bf16", "onnx"), "reranker": ("fp32", "bf16", "onnx")}
+VARIANTS = {
+    "embedder": ("fp32", "bf16", "onnx"),
+    "sparse_embedder": ("fp32", "bf16"),
+    "reranker": ("fp32", "bf16", "onnx"),
+}
 CUDA = ("fp32", "bf16", "fp16")
 PREPARED = {"onnx": "onnx"}
 
@@ -20,6 +25,26 @@ def embedder(job: Job) -> Run:
     model = SentenceTransformer(job.source, **_options(job))
     model.max_seq_length = job.max_length
     return lambda texts, batch: np.asarray(model.encode(list(texts), batch_size=batch, show_progress_bar=False))
+
+
+def sparse_embedder(job: Job) -> Run:
+    """``SparseEncoder.encode``, which sorts by length and pads; a sparse tensor."""
+    import torch
+    from sentence_transformers import SparseEncoder
+
+    model = SparseEncoder(job.source, **_options(job))
+    model.max_seq_length = job.max_length
+
+    def run(texts: Sequence[str], batch: int) -> Entries:
+        found = model.encode(list(texts), batch_size=batch, show_progress_bar=False, save_to_cpu=True)
+
+        def entries() -> Any:  # noqa: ANN401
+            held = found.coalesce()
+            return torch.vstack([held.indices(), held.values().double()]).T.numpy()
+
+        return entries
+
+    return run
 
 
 def reranker(job: Job) -> Run:
