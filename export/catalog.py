@@ -149,10 +149,12 @@ def describe_checkpoint(
         raise ExportError(f"{folder}: a reranker, which has no prompts; leave out --query-prompt and --passage-prompt")
     chosen = (pooling or _declared_pooling(folder, modules) or spec.pooling) if pools else None
     if pools and chosen is None:
+        masked = any(str(name).endswith("ForMaskedLM") for name in config.take("architectures", list) or ())
+        splade = "; a SPLADE says what it is once sentence-transformers' SparseEncoder has loaded and saved it"
         raise ExportError(
             f"{folder}: nothing says how this embedder pools (no 1_Pooling/config.json, no row in models.yaml), and a "
             "guess would be silently wrong; pass --pooling cls, mean, last_token or max, as its model card says (and "
-            "--query-prompt, if it was trained with a query instruction)"
+            f"--query-prompt, if it was trained with a query instruction){splade if masked else ''}"
         )
     declared = _declared_prompts(folder, kind, prompts)
     return dataclasses.replace(
@@ -299,7 +301,14 @@ def sentence_config(folder: Path) -> "Settings":
 def _check_sentence_config(folder: Path) -> None:
     """Refuse what sentence-transformers obeys beside a length and lower case, and would give something else."""
     settings = sentence_config(folder)
-    text = (settings.take("modality_config", dict) or {}).get("text")
+    modalities = settings.take("modality_config", dict) or {}
+    if "message" in modalities:
+        raise ExportError(
+            f"{settings.path}: its modality_config has message, so sentence-transformers puts texts through the chat "
+            "template, which can't be exported yet, and without it the vectors would be wrong; if the model was "
+            "trained without, remove message from a local copy"
+        )
+    text = modalities.get("text")
     output = text.get("method_output_name") if isinstance(text, dict) else None
     changes = [name for name in OBEYED if settings.get(name)]
     if changes or output not in (None, "last_hidden_state", "logits"):

@@ -7,6 +7,7 @@ their 8 bits as saturates nowhere: x86 CPUs without VNNI add the products of two
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from onnx import TensorProto, helper
 
 from export.attention import attend_by_length
 from export.calibrate import Sample
-from export.graph import MICROSOFT, Graph, read_by
+from export.graph import MICROSOFT, Graph, Loader, read_by
 
 ALPHAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Smoothing strengths tried; 0 is none, and then no ``Mul`` is emitted."""
@@ -37,6 +38,8 @@ ROWS_AT_ONCE = 8192
 MIN_ROWS = 1024
 """A vocabulary with fewer words isn't worth quantising."""
 
+NORMS = {"LayerNormalization", "SimplifiedLayerNormalization"}
+"""Operators whose further inputs scale and shift channels."""
 ROWWISE = {"MatMulIntegerToFloat", "LayerNormalization", "QuantizeLinear", "Add", "Mul", "Gelu", "FastGelu", "Relu"}
 """Operators that do the same to a token's values however tokens are laid out."""
 ROW_SHAPES = {"flat_shape", "first_shape", "hidden_shape"}
@@ -165,7 +168,7 @@ def _weight_or_0(graph: Graph, name: str | None) -> np.ndarray:
 
 def quantize_graph(graph: Graph, quantized: Mapping[str, Quantized]) -> Graph:
     """A graph of the same inputs and outputs with int8 word embeddings and linears; those not given stay fp32."""
-    quantized = fold_smoothing(graph, quantized)
+    graph, quantized = smooth_norms(graph, fold_smoothing(graph, quantized))
     result = Graph(graph.inputs, graph.outputs, [], dict(graph.weights), {**graph.opsets, MICROSOFT: 1})
     replaced: dict[int, list[onnx.NodeProto]] = {}
     for value, given in quantized.items():
@@ -243,6 +246,34 @@ def fold_smoothing(graph: Graph, quantized: Mapping[str, Quantized]) -> dict[str
         folded[place] = dataclasses.replace(folded[place], linears=folded[place].linears | {maker: smoothed})
         folded[value] = dataclasses.replace(given, scheme=dataclasses.replace(given.scheme, smooth=None))
     return folded
+
+
+def smooth_norms(graph: Graph, quantized: Mapping[str, Quantized]) -> tuple[Graph, dict[str, Quantized]]:
+    """Smooth what a norm gives by its own weights, which costs nothing, where only linears that are int8 read it."""
+    consumers, given_out = graph.consumers(), {output.name for output in graph.outputs}
+    nodes, weights, folded = list(graph.nodes), dict(graph.weights), dict(quantized)
+    for place, node in enumerate(nodes):
+        value = node.output[0]
+        if node.op_type not in NORMS or value not in quantized or value in given_out:
+            continue
+        given, parts = quantized[value], node.input[1:]
+        smooth, int8 = given.scheme.smooth, [id(linear.nodes[0]) for linear in given.linears]
+        elsewhere = any(id(reader) not in int8 for reader in consumers[value])
+        if smooth is None or elsewhere or any(part not in graph.weights for part in parts):
+            continue
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        for i, part in enumerate(parts, 1):
+            copy.input[i] = f"{value}.smooth.{i}"
+            weights[copy.input[i]] = functools.partial(_divided, graph.weights[part], smooth)
+        nodes[place] = copy
+        folded[value] = dataclasses.replace(given, scheme=dataclasses.replace(given.scheme, smooth=None))
+    return dataclasses.replace(graph, nodes=nodes, weights=weights), folded
+
+
+def _divided(load: Loader, by: np.ndarray) -> np.ndarray:
+    divided: np.ndarray = load() / by
+    return divided
 
 
 def _attended(producers: Mapping[str, onnx.NodeProto], alone: Set[str], value: str) -> str | None:

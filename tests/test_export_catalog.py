@@ -160,6 +160,14 @@ def test_an_embedder_without_pooling_is_an_error_not_a_guess(describe, tmp_path)
     assert describe_checkpoint(ModelSpec(name="m"), tmp_path, "last_token").pooling == "last_token"
 
 
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "BertModel"])
+def test_a_masked_language_model_without_modules_is_told_what_makes_a_splade_of_it(describe, tmp_path, architecture):
+    describe(config={"architectures": [architecture]})
+    with pytest.raises(ExportError, match="--pooling") as raised:
+        describe_checkpoint(ModelSpec(name="m"), tmp_path)
+    assert ("SparseEncoder" in str(raised.value)) == (architecture == "BertForMaskedLM")
+
+
 def modules(*names: str) -> list[dict]:
     """modules.json as sentence-transformers writes it."""
     return [
@@ -416,6 +424,7 @@ def test_a_folder_without_config_is_a_clean_error(tmp_path):
         ({"query_length": 32}, "its query_length"),
         ({"tokenizer_args": {"padding_side": "left"}}, "its tokenizer_args"),
         ({"modality_config": {"text": {"method_output_name": ["hidden_states", -2]}}}, "its modality_config"),
+        ({"modality_config": {"text": {}, "message": {}}}, "its modality_config has message, .* chat template, which"),
     ],
     ids=str,
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 from conftest import graph_of, make_checkpoint, save_bytes, sizes
@@ -112,6 +113,8 @@ def test_pooled_by_its_last_token_it_makes_no_other_last_states_and_the_same_bit
     int8 = quantize_graph(fp32, quantize_linears(fp32, collect(fp32, list(inputs), texts)))
     assert sum(node.op_type == "MatMulIntegerToFloat" for node in int8.nodes) == 7 * 2
     assert not any(node.op_type == "Gemm" for node in int8.nodes)
+    normed = {node.output[0] for node in int8.nodes if node.op_type == "SimplifiedLayerNormalization"}
+    assert not any(node.op_type == "Mul" and normed.intersection(node.input) for node in int8.nodes)  # none to smooth
     whole = opened(graph_of(folder)[0], tmp_path / "whole.onnx")
     fp32, int8 = opened(fp32, tmp_path / "fp32.onnx"), opened(int8, tmp_path / "int8.onnx")
     for count, tokens in ((1, 1), (5, 7), (2, 60), (3, 300)):
@@ -121,6 +124,32 @@ def test_pooled_by_its_last_token_it_makes_no_other_last_states_and_the_same_bit
         for session, together in ((fp32, vectors), (int8, rounded)):
             alone = [session.run(None, {"input_ids": ids[i : i + 1]})[0][0] for i in range(count)]
             np.testing.assert_array_equal(together, alone)
+
+
+def test_int8_keeps_texts_whose_first_token_is_ten_thousand_times_as_large_behind_the_gate(checkpoint, tmp_path):
+    """As a trained decoder's is; here the first dimension is that of token 1 alone, and the gate opens by it."""
+    folder = shutil.copytree(checkpoint("qwen3"), tmp_path / "large")
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        match name.split(".")[-2]:
+            case "embed_tokens":
+                weight[:, 0], weight[1] = 0, np.eye(64)[0]
+            case "gate_proj" | "up_proj":
+                weight[:] = np.where(np.arange(64), 10 * weight, 20)
+            case "v_proj":
+                weight[:, 0] = 0
+            case "o_proj" | "down_proj":
+                weight[0] = 0
+    safetensors.numpy.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    fp32, draw = graph_of(folder)[0], np.random.default_rng(0)
+    texts = [([1, *draw.integers(2, 900, 30).tolist()], [0] * 31) for _ in range(60)]
+    inputs = dict.fromkeys(linear.input for linear in find_linears(fp32))
+    int8 = quantize_graph(fp32, quantize_linears(fp32, collect(fp32, list(inputs), texts)))
+    fed = {"input_ids": np.array([ids for ids, _ in texts])}
+    found = [opened(graph, tmp_path / f"{i}.onnx").run(None, fed)[0][:, 1:] for i, graph in enumerate((fp32, int8))]
+    a, b = (states / np.linalg.norm(states, axis=-1, keepdims=True) for states in found)
+    assert (a * b).sum(-1).mean() > 0.99
+    assert (a * b).sum(-1).min() > 0.95
 
 
 def test_a_text_that_is_cut_keeps_its_end_as_transformers_does(checkpoint, tmp_path):

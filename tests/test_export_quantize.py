@@ -244,6 +244,21 @@ def test_the_average_shift_of_rounding_is_taken_back(graph, tmp_path):
     assert np.abs(shift).max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_a_norm_gives_to_int8_linears_alone_is_smoothed_by_its_own_weights(graph, elsewhere, tmp_path):
+    wild = np.exp(normal(16, seed=3) * 3)
+    parts = [graph.weight("wild", wild), graph.weight("b", normal(16, seed=4) * wild)]
+    normed = graph.add("LayerNormalization", "x", *parts, axis=-1)
+    linears = [graph.weight(f"w{i}", normal(16, 16, seed=i) / wild[:, None]) for i in (0, 1)]
+    difference = graph.add("Sub", *(graph.add("Gemm", normed, weight) for weight in linears))
+    graph.add("Sum", difference, normed if elsewhere else difference, name="y")
+    int8, error = quantized(graph, tmp_path, normal(300, 16, seed=2))
+    smoothed = [node.op_type for node in int8.nodes if normed in node.input]
+    assert smoothed == (["Mul", "Sum"] if elsewhere else ["QuantizeLinear"])
+    assert error < 0.03
+    np.testing.assert_array_equal(graph.weights["wild"](), wild)  # which another norm may share
+
+
 # A whole encoder
 
 

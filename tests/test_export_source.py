@@ -15,6 +15,8 @@ import torch
 import transformers
 from conftest import make_splade
 from hub_server import COMMIT, serve_hub
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import modules
 
 from export.errors import ExportError
 from export.pipeline import build_graph, export_model, find_encoder
@@ -120,6 +122,27 @@ def test_a_folder_of_the_hubs_cache_goes_by_the_models_name(tiny_checkpoint, tmp
     assert (spec.name, "query" in spec.prompts) == ("bge-base", True)
     unknown = shutil.copytree(folder, tmp_path / "models--an-org--a-fine--tune" / "snapshots" / COMMIT)
     assert resolve_source(str(unknown)).spec.name == "a-fine--tune"
+
+
+@pytest.mark.parametrize("template", [None, "{% for message in messages %}{{ message['content'] }}!{% endfor %}"])
+def test_a_model_whose_texts_sentence_transformers_puts_through_a_chat_template_is_refused(
+    tiny_checkpoint, copied, tmp_path, template
+):
+    """As it does with all that it began to train with one."""
+    folder = copied(tiny_checkpoint)
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    parts = [modules.Transformer(str(folder)), modules.Pooling(32, "mean")]
+    model = SentenceTransformer(modules=parts, device="cpu")
+    assert model.tokenizer.decode(model.preprocess(["a river"])["input_ids"][0]).count("!") == bool(template)
+    model.save(str(tmp_path / "saved"))
+    if template:
+        with pytest.raises(
+            ExportError, match=r"sentence_bert_config.json: its modality_config has message, .* template"
+        ):
+            resolve_source(str(tmp_path / "saved"))
+    else:
+        assert resolve_source(str(tmp_path / "saved")).spec.pooling == "mean"
 
 
 def test_a_near_miss_is_suggested():
