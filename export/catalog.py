@@ -125,9 +125,7 @@ def describe_checkpoint(
     config = read_json(folder / "config.json")
     modules = _modules(folder)
     _check_sentence_config(folder)
-    is_reranker = "Pooling" not in modules and any(
-        str(name).endswith("ForSequenceClassification") for name in config.take("architectures", list) or ()
-    )
+    is_reranker = "Pooling" not in modules and _has_head(config, "ForSequenceClassification")
     kind: Kind = "reranker" if is_reranker or spec.kind == "reranker" else "embedder"
     outputs = _outputs(folder, kind, modules, config)
     if custom := (config.take("auto_map", dict) or {}).get(AUTO_CLASSES[outputs[0]]):
@@ -149,12 +147,12 @@ def describe_checkpoint(
         raise ExportError(f"{folder}: a reranker, which has no prompts; leave out --query-prompt and --passage-prompt")
     chosen = (pooling or _declared_pooling(folder, modules) or spec.pooling) if pools else None
     if pools and chosen is None:
-        masked = any(str(name).endswith("ForMaskedLM") for name in config.take("architectures", list) or ())
-        splade = "; a SPLADE says what it is once sentence-transformers' SparseEncoder has loaded and saved it"
+        cure = "; a SPLADE says what it is once sentence-transformers' SparseEncoder has loaded and saved it"
+        splade = cure if _has_head(config, "ForMaskedLM") else ""
         raise ExportError(
             f"{folder}: nothing says how this embedder pools (no 1_Pooling/config.json, no row in models.yaml), and a "
             "guess would be silently wrong; pass --pooling cls, mean, last_token or max, as its model card says (and "
-            f"--query-prompt, if it was trained with a query instruction){splade if masked else ''}"
+            f"--query-prompt, if it was trained with a query instruction){splade}"
         )
     declared = _declared_prompts(folder, kind, prompts)
     return dataclasses.replace(
@@ -202,6 +200,11 @@ def _declared_prompts(folder: Path, kind: Kind, given: Mapping[str, str]) -> dic
             always,
         )
     return declared
+
+
+def _has_head(config: "Settings", ending: str) -> bool:
+    """Whether a model was saved with a head, by how transformers calls its class."""
+    return any(str(name).endswith(ending) for name in config.take("architectures", list) or ())
 
 
 def _modules(folder: Path) -> dict[str, str]:

@@ -7,7 +7,6 @@ their 8 bits as saturates nowhere: x86 CPUs without VNNI add the products of two
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from onnx import TensorProto, helper
 
 from export.attention import attend_by_length
 from export.calibrate import Sample
-from export.graph import MICROSOFT, Graph, Loader, read_by
+from export.graph import MICROSOFT, Graph, read_by
 
 ALPHAS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Smoothing strengths tried; 0 is none, and then no ``Mul`` is emitted."""
@@ -251,8 +250,9 @@ def fold_smoothing(graph: Graph, quantized: Mapping[str, Quantized]) -> dict[str
 def smooth_norms(graph: Graph, quantized: Mapping[str, Quantized]) -> tuple[Graph, dict[str, Quantized]]:
     """Smooth what a norm gives by its own weights, which costs nothing, where only linears that are int8 read it."""
     consumers, given_out = graph.consumers(), {output.name for output in graph.outputs}
-    nodes, weights, folded = list(graph.nodes), dict(graph.weights), dict(quantized)
-    for place, node in enumerate(nodes):
+    result = dataclasses.replace(graph, nodes=list(graph.nodes), weights=dict(graph.weights))
+    folded = dict(quantized)
+    for place, node in enumerate(graph.nodes):
         value = node.output[0]
         if node.op_type not in NORMS or value not in quantized or value in given_out:
             continue
@@ -264,16 +264,10 @@ def smooth_norms(graph: Graph, quantized: Mapping[str, Quantized]) -> tuple[Grap
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         for i, part in enumerate(parts, 1):
-            copy.input[i] = f"{value}.smooth.{i}"
-            weights[copy.input[i]] = functools.partial(_divided, graph.weights[part], smooth)
-        nodes[place] = copy
+            copy.input[i] = result.weight(f"{value}.smooth.{i}", graph.weights[part]() / smooth)
+        result.nodes[place] = copy
         folded[value] = dataclasses.replace(given, scheme=dataclasses.replace(given.scheme, smooth=None))
-    return dataclasses.replace(graph, nodes=nodes, weights=weights), folded
-
-
-def _divided(load: Loader, by: np.ndarray) -> np.ndarray:
-    divided: np.ndarray = load() / by
-    return divided
+    return result, folded
 
 
 def _attended(producers: Mapping[str, onnx.NodeProto], alone: Set[str], value: str) -> str | None:

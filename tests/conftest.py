@@ -149,6 +149,15 @@ def graph_of(folder, pooling=None, **changes):
     return family.build(config, weight, ("last_hidden_state",), pooling), config
 
 
+def int8_of(graph, texts):
+    """The int8 graph of an fp32 one, calibrated on token ids and types of texts."""
+    from export.calibrate import collect
+    from export.quantize import find_linears, quantize_graph, quantize_linears
+
+    inputs = dict.fromkeys(linear.input for linear in find_linears(graph))
+    return quantize_graph(graph, quantize_linears(graph, collect(graph, list(inputs), texts)))
+
+
 def sizes(**changes) -> dict:
     """Of a tiny model: 2 layers and 32 dimensions."""
     tiny = dict(vocab_size=1000, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)

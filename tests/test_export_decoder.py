@@ -12,14 +12,12 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from conftest import graph_of, make_checkpoint, save_bytes, sizes
+from conftest import graph_of, int8_of, make_checkpoint, save_bytes, sizes
 
 from export import pipeline
-from export.calibrate import collect
 from export.errors import ExportError
 from export.families import find_family
 from export.pipeline import export_model
-from export.quantize import find_linears, quantize_graph, quantize_linears
 from runtime import BgeOnnxError, Embedder
 from runtime.session import create_session
 
@@ -109,8 +107,7 @@ def test_pooled_by_its_last_token_it_makes_no_other_last_states_and_the_same_bit
     folder = checkpoint(family, **changes)
     fp32, draw = graph_of(folder, "last_token")[0], np.random.default_rng(0)
     texts = [(draw.integers(0, 900, 30).tolist(), [0] * 30) for _ in range(60)]
-    inputs = dict.fromkeys(linear.input for linear in find_linears(fp32))
-    int8 = quantize_graph(fp32, quantize_linears(fp32, collect(fp32, list(inputs), texts)))
+    int8 = int8_of(fp32, texts)
     assert sum(node.op_type == "MatMulIntegerToFloat" for node in int8.nodes) == 7 * 2
     assert not any(node.op_type == "Gemm" for node in int8.nodes)
     normed = {node.output[0] for node in int8.nodes if node.op_type == "SimplifiedLayerNormalization"}
@@ -143,8 +140,7 @@ def test_int8_keeps_texts_whose_first_token_is_ten_thousand_times_as_large_behin
     safetensors.numpy.save_file(weights, folder / "model.safetensors", {"format": "pt"})
     fp32, draw = graph_of(folder)[0], np.random.default_rng(0)
     texts = [([1, *draw.integers(2, 900, 30).tolist()], [0] * 31) for _ in range(60)]
-    inputs = dict.fromkeys(linear.input for linear in find_linears(fp32))
-    int8 = quantize_graph(fp32, quantize_linears(fp32, collect(fp32, list(inputs), texts)))
+    int8 = int8_of(fp32, texts)
     fed = {"input_ids": np.array([ids for ids, _ in texts])}
     found = [opened(graph, tmp_path / f"{i}.onnx").run(None, fed)[0][:, 1:] for i, graph in enumerate((fp32, int8))]
     a, b = (states / np.linalg.norm(states, axis=-1, keepdims=True) for states in found)

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from conftest import int8_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -312,8 +313,7 @@ def typed(ids: list[list[int]]) -> list[tuple[list[int], list[int]]]:
 @pytest.fixture(scope="module")
 def int8(encoder) -> Graph:
     """The same in int8."""
-    inputs = dict.fromkeys(linear.input for linear in find_linears(encoder))
-    return quantize_graph(encoder, quantize_linears(encoder, collect(encoder, list(inputs), typed(texts(0)))))
+    return int8_of(encoder, typed(texts(0)))
 
 
 def test_no_float_linear_is_left_and_no_float_weight_either(encoder, int8):
@@ -380,8 +380,7 @@ def test_an_activation_that_int8_follows_is_the_cheaper_one(encoder, int8):
 def test_int8_lays_tokens_in_no_row_and_has_the_bits_that_it_had(encoder, int8, monkeypatch, tmp_path):
     """Of reshapes there is the one that gives the hidden states, and one in each branch for short texts."""
     monkeypatch.setattr("export.quantize.unfold_rows", lambda graph: graph)
-    inputs = dict.fromkeys(linear.input for linear in find_linears(encoder))
-    folded = quantize_graph(encoder, quantize_linears(encoder, collect(encoder, list(inputs), typed(texts(0)))))
+    folded = int8_of(encoder, typed(texts(0)))
     counts = [sum(node.op_type == "Reshape" for node in graph.nodes) for graph in (int8, folded)]
     assert counts == [1, 2 + 4 * LAYERS]
     for count, tokens in ((1, 1), (3, 5), (2, 40)):

@@ -21,15 +21,14 @@ def sparse_embedder(job: Job) -> Run:
     """Texts grouped by exact length, whatever the batch size; a dict of weights for each."""
     import numpy as np
 
-    from runtime import Embedder
+    from runtime import Embedder, sparse_arrays
 
     model = Embedder(job.source, job.variant, device=job.device, threads=job.threads)
 
     def run(texts: Sequence[str], batch: int) -> Entries:
         found = model.encode(list(texts), return_dense=False, return_sparse=True)["lexical_weights"]
-        return lambda: np.fromiter(
-            ((i, int(token), weight) for i, weights in enumerate(found) for token, weight in weights.items()),
-            np.dtype((np.float64, 3)),
+        return lambda: np.vstack(
+            [np.insert(np.column_stack(sparse_arrays(weights)), 0, i, axis=1) for i, weights in enumerate(found)]
         )
 
     return run
