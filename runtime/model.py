@@ -221,7 +221,10 @@ class Model:
         return self.manifest.variants[self.variant].packing
 
     def close(self) -> None:
-        """Free the memory; calls that are running end well, later ones raise ``InputError``."""
+        """Free the memory; runs that are under way end well, and all that would come later raises ``InputError``.
+
+        So does what is left of a call that takes several, such as ``encode_iter`` or ``aencode`` of many texts.
+        """
         self._opened = None
         self.__dict__.pop("_together", None)  # the queue's thread ends with the calls that wait
 

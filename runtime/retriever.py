@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -17,8 +18,11 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Self
 from uuid import uuid4
+
+import numpy as np
+from numpy.typing import NDArray
 
 from runtime.checks import check_count, check_iterable, check_texts
 from runtime.embedder import Embedder
@@ -34,14 +38,20 @@ CHUNK = 1024
 """Texts that are embedded and added at once."""
 SCHEMA = """
 PRAGMA journal_mode = WAL;  -- others may read while one adds
-CREATE TABLE IF NOT EXISTS texts (key INTEGER PRIMARY KEY, id TEXT UNIQUE, text TEXT);
+CREATE TABLE IF NOT EXISTS texts (key INTEGER PRIMARY KEY, id TEXT UNIQUE, text TEXT, vector INTEGER);
+CREATE INDEX IF NOT EXISTS texts_of_a_vector ON texts (vector);
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value TEXT);
 """
 NEXT = """
 SELECT MAX((SELECT COALESCE(MAX(key), -1) + 1 FROM texts),
            COALESCE((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'next'), 0))
 """
-"""The first key that never was a text's, or somebody who still has its old vector would find the new text by it."""
+"""The first key that never was a text's; by default, its text is called after it."""
+NEAREST = """
+SELECT vector, texts.id, text FROM json_each(?) AS found JOIN texts ON vector = found.value
+ORDER BY found.key, texts.key LIMIT ?
+"""
+"""Of vectors, nearest first, the first texts; none of a vector that a change which failed has left without its text."""
 MOST = 10_000
 """Most results of a search."""
 PATIENCE = 5.0
@@ -82,8 +92,9 @@ class Hit:
 class Retriever:
     """A folder of texts and their vectors, searched in two stages. Safe to use from many threads at once.
 
-    Vectors are held by usearch (an HNSW graph, float16), texts by SQLite. What was added is lost unless ``save`` is
-    called; a crash at any moment leaves what the last ``save`` left. Of several processes that have the folder open,
+    Vectors are held by usearch (an HNSW graph, float16), texts by SQLite. Equal texts share a vector, since several,
+    nearest to each other, would leave the texts around them without a way there. What was added is lost unless ``save``
+    is called; a crash at any moment leaves what the last ``save`` left. Of several processes that have the folder open,
     one may add at a time, until it saves; the others then load anew what it saved, with their next call. Open the
     folder after a fork, in each process: SQLite's locks don't outlive one, so a folder that was open before it can be
     opened in no child. A folder that can't be written to can be searched while nobody else writes there.
@@ -129,7 +140,7 @@ class Retriever:
             self._texts = _connect(self.folder / TEXTS)
             try:
                 if os.access(self.folder, os.W_OK):
-                    self._texts.executescript(SCHEMA)
+                    self._prepare()
                 self._load()
                 self._texts.execute("PRAGMA busy_timeout = 20")  # ms, in which searches wait, too
             except BaseException:
@@ -137,6 +148,18 @@ class Retriever:
                 raise
         if os.access(self.folder, os.W_OK):  # what is never written to has no locks
             OPEN.add(self)
+
+    def _prepare(self) -> None:
+        """Make the tables, unless they are there; others may be doing so, whom SQLite doesn't wait for itself."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self._texts.executescript(SCHEMA)
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > until:
+                    raise
+            time.sleep(0.01)
 
     def _load(self) -> None:
         """Hold what the last ``save`` left, this process's or another's."""
@@ -186,20 +209,23 @@ class Retriever:
             if named is not None and len(named) < len(chunk):
                 raise InputError(f"there are {added + len(named)} ids for more texts; pass one for each")
             checked = self._embedder._prompted("passage", check_texts(chunk, added, limits))
-            vectors = self._embedder._embed(checked, first=added)
+            vectors = self._embedder._embed(checked, first=added).astype(np.float16)
+            places = [_place(vector) for vector in vectors]
             with self._change() as gone:
                 keys = range(self._next, self._next + len(chunk))
                 self._next += len(chunk)  # at once, so that no key is ever used again
                 if named is None:
                     named = [str(key) for key in keys]
-                    if taken := self._held("id", named):
-                        raise InputError(f"{next(iter(taken.values()))[0]!r} is somebody's id already; pass ids")
+                    if taken := next(self._vectors_of(named), None):
+                        raise InputError(f"{taken[0]!r} is somebody's id already; pass ids")
                 last = {name: key for key, name in zip(keys, named, strict=True)}  # of equal names the last counts
-                gone += self._take_out(last)
+                replaced = self._take_out(last)
                 kept = [i for i, key in enumerate(keys) if last[named[i]] == key]
-                rows = [(keys[i], named[i], chunk[i]) for i in kept]
-                self._texts.executemany("INSERT INTO texts VALUES (?, ?, ?)", rows)
-                self._index.add([keys[i] for i in kept], vectors[kept], threads=self._embedder._threads)
+                rows = [(keys[i], named[i], chunk[i], places[i]) for i in kept]
+                self._texts.executemany("INSERT INTO texts VALUES (?, ?, ?, ?)", rows)
+                new = {places[i]: i for i in kept if places[i] not in self._index}
+                self._index.add(list(new), vectors[list(new.values())], threads=self._embedder._threads)
+                gone += self._without_text(replaced)
             added += len(chunk)
         if names is not None and next(names, None) is not None:
             raise InputError(f"there are more ids than the {added} texts; pass one for each")
@@ -217,22 +243,32 @@ class Retriever:
         """
         names = _names(_stream("ids", ids))
         with self._change() as gone:
-            gone += self._take_out(dict.fromkeys(names))
-        return len(gone)
+            taken = self._take_out(dict.fromkeys(names))
+            gone += self._without_text(taken)
+        return len(taken)
 
     def _take_out(self, ids: Iterable[str]) -> list[int]:
-        """Take texts out, and return their keys, whose vectors are still there."""
-        find = "SELECT key FROM texts WHERE id = ?"
-        keys = [key for name in ids for (key,) in self._texts.execute(find, (name,))]
-        self._texts.executemany("DELETE FROM texts WHERE key = ?", ((key,) for key in keys))
-        return keys
+        """Take texts out, and return the vector of each, which is still there."""
+        found = list(self._vectors_of(ids))
+        self._texts.executemany("DELETE FROM texts WHERE id = ?", ((name,) for name, _ in found))
+        return [vector for _, vector in found]
+
+    def _vectors_of(self, ids: Iterable[str]) -> Iterator[tuple[str, int]]:
+        """Those of the names that are there, each with its text's vector."""
+        for name in ids:
+            yield from self._texts.execute("SELECT id, vector FROM texts WHERE id = ?", (name,))
+
+    def _without_text(self, vectors: Iterable[int]) -> list[int]:
+        """Those of the vectors that no text has any more."""
+        find = "SELECT 1 FROM texts WHERE vector = ? LIMIT 1"
+        return [vector for vector in dict.fromkeys(vectors) if not self._texts.execute(find, (vector,)).fetchone()]
 
     @contextmanager
     def _change(self) -> Iterator[list[int]]:
         """Be the only writer until ``save``, and make a change wholly or not at all.
 
         Yields:
-            For the keys whose vectors go when all else is done; a vector without a text harms nobody, the reverse does.
+            For the vectors that go when all else is done; one without a text harms nobody, the reverse does.
         """
         gone: list[int] = []
         with self._explained(), self._writing, self._begun():
@@ -294,12 +330,6 @@ class Retriever:
     def _meta(self) -> dict[str, str]:
         return dict(self._texts.execute("SELECT name, value FROM meta"))
 
-    def _held(self, column: Literal["key", "id"], wanted: Sequence[int] | Sequence[str]) -> dict[int, tuple[str, str]]:
-        """Id and text by key, of those wanted that are there."""
-        marks = ",".join("?" * len(wanted))
-        rows = self._texts.execute(f"SELECT key, id, text FROM texts WHERE {column} IN ({marks})", list(wanted))
-        return {key: (name, text) for key, name, text in rows}
-
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Turns what SQLite, usearch and the system raise into our errors; before any lock, which a fork may hold."""
@@ -312,6 +342,8 @@ class Retriever:
         except sqlite3.ProgrammingError as error:
             raise InputError(f"{self.folder}: the retriever is closed ({error}); open it again") from None
         except sqlite3.OperationalError as error:
+            if "no such column" in str(error):
+                raise ArtifactError(f"{self.folder}: made by an older version; index its texts again") from None
             if "locked" not in str(error):
                 raise ArtifactError(f"{self.folder / TEXTS}: can't be used ({error}); mend the folder") from None
             raise ArtifactError(f"{self.folder}: another process is adding to it; wait until it has saved") from None
@@ -335,7 +367,6 @@ class Retriever:
             raise InputError(f"query is {type(query).__name__}; pass a str")
         top_k = check_count("top_k", top_k, MOST)
         vector = self._embedder.encode_queries(query)
-        held: dict[int, tuple[str, str]] = {}
         with self._explained(), self._lock:
             while True:
                 self._load()
@@ -343,12 +374,10 @@ class Retriever:
                 if len(self._index):
                     found = self._index.search(vector, top_k, threads=1)
                     pairs = zip(found.keys, found.distances, strict=True)
-                    scores = {int(key): 1 - float(distance) for key, distance in pairs}
-                held = self._held("key", list(scores))
+                    scores = {int(place): 1 - float(distance) for place, distance in pairs}
+                rows = self._texts.execute(NEAREST, (json.dumps(list(scores)), top_k)).fetchall()
                 if self._meta().get("index") == self._file:  # or another process has saved meanwhile
-                    break
-        # a change that failed may have left a vector without its text
-        return [Hit(*held[key], score) for key, score in scores.items() if key in held]
+                    return [Hit(name, text, scores[place]) for place, name, text in rows]
 
     def search(self, query: str, top_k: int = 10, *, candidates: int = 100) -> list[Hit]:
         """The best texts for a query, best first: the nearest by vector, sorted by the reranker.
@@ -372,7 +401,8 @@ class Retriever:
     def save(self) -> None:
         """Write all that was added, and the whole index; what the folder held is kept until the very last step.
 
-        Searches go on while the index is written; ``add`` and ``remove`` wait.
+        ``add`` and ``remove`` wait; searches, and the whole process, until usearch has handed the index to the system,
+        since it holds Python's lock: about a second for each GB, as when a process loads what another has saved.
 
         Raises:
             ArtifactError: The disk is full or can't be written, or another process is adding to the folder.
@@ -435,6 +465,11 @@ class Retriever:
     ) -> None:
         """Close it."""
         self.close()
+
+
+def _place(vector: NDArray[np.float16]) -> int:
+    """Where a vector is in the index: 63 of its bits' hash, so that the same place never holds another one."""
+    return int.from_bytes(hashlib.blake2b(vector.tobytes(), digest_size=8).digest()) >> 1
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -24,14 +24,16 @@ from runtime.errors import ArtifactError, ProviderError, RunError
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 try:
     import onnxruntime
+    from onnxruntime import InferenceSession  # which isn't in what is left of one that was half removed
 except ImportError as missing:
     raise ProviderError(
-        f"onnxruntime can't be imported ({missing}); install bge-onnx[cpu] or, for CUDA, bge-onnx[gpu]"
+        f"onnxruntime can't be imported ({missing}); install bge-onnx[cpu] or, for CUDA, bge-onnx[gpu] (if it is there "
+        "already, run before: pip uninstall -y onnxruntime onnxruntime-gpu)"
     ) from None
 
 logger = logging.getLogger(__name__)
 
-Session: TypeAlias = onnxruntime.InferenceSession
+Session: TypeAlias = InferenceSession
 SESSIONS: weakref.WeakSet[Session] = weakref.WeakSet()
 """All that are open in this process."""
 OPENING = threading.RLock()
@@ -46,8 +48,9 @@ CUDA_OPTIONS = {
     "use_tf32": "0",  # fp32 means fp32
 }
 """Options of ONNX Runtime's CUDA provider."""
-NO_MEMORY = "(?i)alloc|memory(?! access)"
-"""What ONNX Runtime says for want of memory; an illegal access is something else."""
+NO_MEMORY = r"(?i)^(?!.*CUDA failure (?!2\b)\d).*(alloc|memory(?! access))"
+"""What ONNX Runtime says for want of memory. An illegal access is something else, also where it comes to light in
+``cudaMalloc``; CUDA's number for want of memory is 2."""
 
 
 def _abandon() -> None:
@@ -341,14 +344,15 @@ def create_session(path: Path, device: str, threads: int) -> Session:
     providers: list[Any] = [PROVIDERS["cpu"]]
     missing = ""
     if kind == "cuda":
-        missing = _preload_cuda()
+        with OPENING:  # standard output is the whole process's
+            missing = _preload_cuda()
         if missing.startswith("no NVIDIA driver"):
             raise _cuda_fails(device, missing)
         # Naming the first GPU, which is the default, makes onnxruntime 1.26 and later print a warning.
         providers.insert(0, (PROVIDERS["cuda"], CUDA_OPTIONS | ({} if number == "0" else {"device_id": number})))
     try:
         with OPENING:
-            session = onnxruntime.InferenceSession(
+            session = InferenceSession(
                 str(path), options, providers=providers, disabled_optimizers=slower, enable_fallback=0
             )
     except Exception as error:  # onnxruntime's errors share no public base

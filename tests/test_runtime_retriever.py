@@ -81,6 +81,61 @@ def test_the_nearest_are_those_of_an_exact_search(filled, embedder):
     assert found > 0.95 * 200
 
 
+@pytest.mark.parametrize("order", ["first", "mixed"])
+def test_equal_texts_leave_the_others_to_be_found(embedder, tmp_path, order):
+    """Equal vectors in the index would take each other for neighbours, and nobody else."""
+    texts, copies = texts_of(1000), [f"copy {i}" for i in range(500)]
+    rows = [*((name, "left blank") for name in copies), *zip(map(str, range(1000)), texts, strict=True)]
+    if order == "mixed":
+        np.random.default_rng(0).shuffle(rows)
+    retriever = Retriever(tmp_path / "index", embedder)
+    assert retriever.add([text for _, text in rows], [name for name, _ in rows]) == 1500 == len(retriever)
+    found = [str(i) in {hit.id for hit in retriever.retrieve(text, 100)} for i, text in enumerate(texts[:200])]
+    assert sum(found) >= 199
+    assert {hit.id for hit in retriever.retrieve("left blank", 500)} == set(copies)
+    assert len(retriever.retrieve("left blank", 600)) == 600
+    assert retriever.remove(copies[1:]) == 499
+    assert [hit.id for hit in retriever.retrieve("left blank", 1)] == copies[:1]
+    assert retriever.add(["left blank"], ["another"]) == 1
+    assert retriever.remove(copies[:1]) == 1
+    assert [hit.id for hit in retriever.retrieve("left blank", 1)] == ["another"]
+    assert retriever.remove(["another"]) == 1
+    assert not {hit.text for hit in retriever.retrieve("left blank", 50)} & {"left blank"}
+    assert retriever.add(["left blank"], ["at last"]) == 1
+    assert [hit.id for hit in retriever.retrieve("left blank", 1)] == ["at last"]
+
+
+OPENS = """
+import sys, time
+from runtime import Embedder, Retriever
+embedder = Embedder(sys.argv[2], "fp32")
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(10):
+    Retriever(f"{sys.argv[1]}/{i}", embedder).close()
+"""
+
+
+def test_several_processes_may_start_a_folder_at_once(tiny_artifact, tmp_path):
+    command = [sys.executable, "-c", OPENS, str(tmp_path), str(tiny_artifact)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [process.communicate(timeout=120)[1] for process in processes] == [""] * 4
+
+
+def test_a_folder_of_an_older_version_says_so(filled, embedder, tmp_path):
+    filled[0].close()
+    with sqlite3.connect(tmp_path / "index" / TEXTS) as old:
+        old.executescript("DROP INDEX texts_of_a_vector; ALTER TABLE texts DROP COLUMN vector")
+    with pytest.raises(ArtifactError, match="made by an older version; index its texts again"):
+        Retriever(tmp_path / "index", embedder)
+
+
 def test_the_second_stage_is_the_rerankers_order(filled, embedder, reranker, tmp_path):
     hits = filled[0].retrieve("a plane", 50)
     retriever = Retriever(tmp_path / "index", embedder, reranker)
@@ -512,10 +567,9 @@ def test_a_change_that_fails_or_changes_nothing_keeps_nobody_waiting(embedder, t
     assert first.remove(["nobody"]) == 0
     assert second.add(["a dog"], ["2"]) == 1
     second.save()
-    first._index.add([first._next + 1], np.ones((1, embedder.dim), np.float32))
     first._load()
-    first._index.add([first._next], np.ones((1, embedder.dim), np.float32))
-    with pytest.raises(BgeOnnxError, match="usearch failed .*Duplicate keys"):
+    first._index = first._new_index(ndim=3)
+    with pytest.raises(BgeOnnxError, match="usearch failed .*dim"):
         first.add(["a train"], ["3"])
     assert second.add(["a train"], ["3"]) == 1
     assert (len(first), len(second)) == (2, 3)
