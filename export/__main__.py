@@ -32,6 +32,8 @@ except Exception as error:
         raise
     sys.exit(f"error: {error}")
 
+STOPPED_BY = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals that end the command as Ctrl-C does; the second is a terminal's that closes, and Windows hasn't it."""
 PIPED = 1000
 """Columns when the output is no terminal, so that a table is never cut."""
 
@@ -41,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.getLogger("runtime").setLevel(logging.ERROR)  # some verification texts are too long on purpose
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
+    previous = {number: signal.getsignal(number) for number in STOPPED_BY}
+    for number, handler in previous.items():
+        signal.signal(number, handler if handler is signal.SIG_IGN else _interrupt)  # which nohup asks for
     try:
         _list() if options.list else _export(options)
     except BgeOnnxError as error:
@@ -54,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         errors.print("[red]interrupted:[/red] nothing is left half written")
         return 130
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return 0
 
 

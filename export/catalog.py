@@ -155,6 +155,10 @@ def describe_checkpoint(
             f"--query-prompt, if it was trained with a query instruction){splade}"
         )
     declared = _declared_prompts(folder, kind, prompts)
+    chosen_prompts = {name: text for name, text in {**(declared or spec.prompts), **prompts}.items() if text}
+    for name, text in chosen_prompts.items():
+        if text != text.encode("utf-8", "replace").decode():
+            raise ExportError(f"{folder}: its {name} prompt {text!a:.60} isn't valid Unicode; pass it in UTF-8")
     return dataclasses.replace(
         spec,
         kind=kind,
@@ -164,7 +168,7 @@ def describe_checkpoint(
         dim=_dim(config, outputs),
         outputs=outputs,
         max_length=_max_length(spec, folder, config),
-        prompts={name: text for name, text in {**(declared or spec.prompts), **prompts}.items() if text},
+        prompts=chosen_prompts,
     )
 
 
@@ -172,10 +176,15 @@ def _declared_prompts(folder: Path, kind: Kind, given: Mapping[str, str]) -> dic
     """sentence-transformers' prompts under our names; a default one is warned of, unless both were ``given``.
 
     Raises:
-        ExportError: A reranker puts one into every pair.
+        ExportError: A reranker puts one into every pair, or the same file cuts all vectors.
     """
     path = folder / "config_sentence_transformers.json"
     settings = read_json(path, {})
+    if dim := settings.take("truncate_dim", int):
+        raise ExportError(
+            f"{path}: its truncate_dim cuts every vector to {dim} dimensions, which isn't exported; remove it from a "
+            f"local copy, and pass truncate_dim={dim} to encode (which brings vectors to unit length again)"
+        )
     prompts = Settings(path, settings.take("prompts", dict) or {})
     passage = next((key for key in PASSAGES if key in prompts), None)
     names = {key: "passage" if key in PASSAGES else key for key in prompts if key == passage or key not in PASSAGES}
@@ -239,6 +248,11 @@ def _outputs(folder: Path, kind: Kind, modules: dict[str, str], config: "Setting
             raise ExportError(f"{folder}: a classifier of {labels} labels; a reranker has 1, so this isn't one")
         return ("logits",)
     if "SpladePooling" in modules:
+        if further := modules.keys() & {"Normalize", "Pooling"}:
+            raise ExportError(
+                f"{folder / 'modules.json'}: a SPLADE with the module {min(further)} can't be exported yet; without it "
+                "the weights would be wrong"
+            )
         path = folder / modules["SpladePooling"] / "config.json"
         settings = read_json(path)
         if (settings.get("pooling_strategy", "max"), settings.get("activation_function", "relu")) != ("max", "relu"):

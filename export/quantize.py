@@ -284,9 +284,10 @@ def _attended(producers: Mapping[str, onnx.NodeProto], alone: Set[str], value: s
 
 
 def choose_scheme(sample: Sample, matrix: np.ndarray) -> Scheme:
-    """The smoothing with the least error in the outputs of the linears that share an input; nothing seen is clipped.
+    """The smoothing with the least error in the outputs of the linears that share an input.
 
-    Weights are rounded plainly to 8 bits meanwhile, which costs about what ``round_weights`` does within its limits.
+    Nothing of the sample is clipped. Weights are rounded plainly to 8 bits meanwhile, which costs about what
+    ``round_weights`` does within its limits.
     """
     some = np.ascontiguousarray(matrix[:, :: max(1, matrix.shape[1] // OUTPUTS)])
     expected = sample.rows @ some

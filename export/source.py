@@ -316,11 +316,11 @@ def _open(path: Path) -> Mapping[str, Loader]:
 
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return {name: functools.partial(_numpy, tensor) for name, tensor in state.items()}
         except Exception as error:  # torch and pickle raise all sorts on a spoilt or malicious file
             raise ExportError(
                 f"{path}: not a plain checkpoint of tensors ({first_line(error)}); convert it to safetensors"
             ) from None
-        return {name: functools.partial(_numpy, tensor) for name, tensor in state.items()}
     try:
         with safetensors.safe_open(path, framework="numpy") as stream:
             return {name: functools.partial(_read, path, name) for name in stream.keys()}  # noqa: SIM118  not a mapping

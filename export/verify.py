@@ -99,7 +99,7 @@ def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
     """What transformers' own model and tokenizer give, one text or pair at a time, finished by torch as FlagEmbedding.
 
     Raises:
-        ExportError: transformers can't load the checkpoint, or run it.
+        ExportError: transformers can't load the checkpoint, or run it, or gives no numbers.
     """
     import torch  # slow to import
     import transformers
@@ -139,7 +139,7 @@ def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
         if spec.kind == "reranker":
             for pair in verification_pairs(texts):
                 answers.scores.append(float(ask(_pair_inputs(tokenizer, pair, spec.max_length or 512))[0, 0]))
-            return answers
+            return _checked(checkpoint, answers)
         heads = _heads(checkpoint) if "token_weights" in spec.outputs else None
         skipped = special_ids(tokenizer)
         for text in texts:
@@ -159,6 +159,18 @@ def reference_answers(checkpoint: Checkpoint, texts: list[str]) -> Answers:
                         best[str(token)] = weight
                 answers.lexical.append(best)
                 answers.colbert.append(torch.nn.functional.normalize(colbert(states[1:]), dim=-1).numpy())
+    return _checked(checkpoint, answers)
+
+
+def _checked(checkpoint: Checkpoint, answers: Answers) -> Answers:
+    """The answers; ``ExportError`` if one isn't a number, with which nothing could be compared."""
+    weights = [np.array([*weights.values()]) for weights in answers.lexical]
+    found = [*answers.dense, *answers.colbert, *weights, np.array(answers.scores)]
+    if not all(np.isfinite(numbers).all() for numbers in found):
+        raise ExportError(
+            f"{checkpoint.id}: transformers itself gives NaN or infinity, so the weights are spoilt or too large "
+            "for float32; train or download them again"
+        )
     return answers
 
 
@@ -208,6 +220,11 @@ def _heads(checkpoint: Checkpoint) -> list[Callable[["torch.Tensor"], "torch.Ten
         state = torch.load(checkpoint.folder / f"{name}.pt", map_location="cpu", weights_only=True)
         head = torch.nn.Linear(*reversed(state["weight"].shape))
         head.load_state_dict(state)
+        if head.in_features != checkpoint.spec.dim:
+            raise ExportError(
+                f"{checkpoint.folder / name}.pt: takes states of {head.in_features} dimensions where the model has "
+                f"{checkpoint.spec.dim}; it is another model's, download them together"
+            )
         heads.append(head.float())
     return heads
 

@@ -205,6 +205,26 @@ def test_a_splade_says_how_it_pools_and_any_way_but_ours_is_an_error(describe, s
         assert describe(files).outputs == ("vocabulary_weights",)
 
 
+@pytest.mark.parametrize("name", ["Normalize", "Pooling"])
+def test_a_splade_with_a_further_module_is_an_error(describe, name):
+    files = {"modules.json": modules("MLMTransformer", "SpladePooling", name)}
+    with pytest.raises(ExportError, match=f"a SPLADE with the module {name} can't be exported"):
+        describe(files | {"1_SpladePooling/config.json": {"pooling_strategy": "max"}})
+
+
+def test_vectors_that_are_always_cut_are_an_error_that_says_how_to_cut_them(describe):
+    files = {"config_sentence_transformers.json": {"truncate_dim": None}}
+    assert describe(files).dim
+    files["config_sentence_transformers.json"]["truncate_dim"] = 8
+    with pytest.raises(ExportError, match="its truncate_dim .* pass truncate_dim=8 to encode"):
+        describe(files)
+
+
+def test_a_prompt_that_isnt_unicode_is_an_error(describe):
+    with pytest.raises(ExportError, match="its query prompt 'requ.udceate: ' isn't valid Unicode"):
+        describe({"config_sentence_transformers.json": {"prompts": {"query": "requ\udceate: "}}})
+
+
 @pytest.mark.parametrize("name", ["Dense", "LayerNorm", "StaticEmbedding"])
 def test_a_module_that_would_change_the_vectors_is_an_error(describe, name):
     with pytest.raises(ExportError, match=f"module {name} can't be exported"):

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from export.__main__ import main
+from export.__main__ import STOPPED_BY, main
 from export.catalog import load_catalog
 from export.verify import THRESHOLDS
 from runtime import Embedder
@@ -21,9 +21,11 @@ pytestmark = pytest.mark.usefixtures("few_texts")
 @pytest.fixture(autouse=True)
 def _process_state():
     """The command line sets a signal handler and a log level for its process, which here isn't its own."""
-    handler, level = signal.getsignal(signal.SIGTERM), logging.getLogger("runtime").level
+    handlers = {number: signal.getsignal(number) for number in STOPPED_BY}
+    level = logging.getLogger("runtime").level
     yield
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     logging.getLogger("runtime").setLevel(level)
 
 
@@ -283,7 +285,7 @@ def test_a_package_that_is_missed_along_the_way_is_named(cli, tiny_checkpoint, t
     assert re.fullmatch(f"error: an export needs a package that can't be imported .*{package}.*; run: pip .*\n", error)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, *STOPPED_BY])
 def test_an_interrupt_exits_130_and_leaves_nothing(cli, tiny_checkpoint, tmp_path, monkeypatch, signum):
     import export.pipeline
 
@@ -298,3 +300,12 @@ def test_an_interrupt_exits_130_and_leaves_nothing(cli, tiny_checkpoint, tmp_pat
     assert (code, out) == (130, "")
     assert error == "interrupted: nothing is left half written\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_that_closes_doesnt_end_what_runs_under_nohup(cli):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    inside = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.__main__._list", lambda: inside.append(signal.getsignal(signal.SIGHUP)))
+        cli("--list")
+    assert inside == [signal.SIG_IGN] == [signal.getsignal(signal.SIGHUP)]

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import onnxruntime
 import pytest
+import safetensors.numpy
 import torch
 import transformers
 from conftest import graph_of, make_checkpoint, make_splade, save_unigram, sizes, tiny_bert_config, tiny_xlmr_config
@@ -282,6 +283,35 @@ def test_bge_m3s_heads_stand_beside_other_families_and_may_be_narrow(checkpoint,
     for variant in VARIANTS:
         found = Embedder(artifact.path, variant, "cpu").encode(["a text", ""], return_colbert_vecs=True)
         assert [vectors.shape[1] for vectors in found["colbert_vecs"]] == [width, width]
+
+
+@pytest.mark.parametrize(
+    ("sparse", "says"),
+    [
+        (lambda: torch.nn.Linear(24, 1).state_dict(), "sparse_linear.pt: takes states of 24 dimensions .* has 32"),
+        (lambda: torch.ones(1, 32), "sparse_linear.pt: not a plain checkpoint of tensors"),
+    ],
+)
+def test_bge_m3s_heads_of_another_model_are_an_error(checkpoint, tmp_path, sparse, says):
+    folder = shutil.copytree(checkpoint("bert"), tmp_path / "m")
+    for name, state in (("sparse_linear", sparse()), ("colbert_linear", torch.nn.Linear(32, 32).state_dict())):
+        torch.save(state, folder / f"{name}.pt")
+    with pytest.raises(ExportError, match=says):
+        export_model(str(folder), tmp_path / "out", ["fp32"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("head", "changes"), [("", {}), ("ForSequenceClassification", {"num_labels": 1})])
+def test_a_model_that_gives_no_numbers_is_an_error_before_anything_is_rounded(
+    checkpoint, tmp_path, recwarn, head, changes
+):
+    folder = shutil.copytree(checkpoint("bert", head, **changes), tmp_path / "m")
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    next(weight for name, weight in weights.items() if "layer.1.output.dense.weight" in name)[0, 0] = np.nan
+    safetensors.numpy.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ExportError, match="transformers itself gives NaN or infinity"):
+        export_model(str(folder), tmp_path / "out")
+    assert [warning for warning in recwarn if warning.category is RuntimeWarning] == []
 
 
 def test_only_words_are_rounded_to_int8_not_mpnets_biases_nor_positions(checkpoint, tmp_path):

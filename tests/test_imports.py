@@ -59,13 +59,17 @@ def test_every_public_name_can_be_imported():
     assert all(hasattr(runtime, name) for name in runtime.__all__)
 
 
-def test_without_onnxruntime_the_import_says_what_to_install():
-    code = "import sys; sys.modules['onnxruntime'] = None; import runtime"
+@pytest.mark.parametrize(
+    "left", ["None", "types.ModuleType('onnxruntime')"]
+)  # a second package's, when one was removed
+def test_without_onnxruntime_the_import_says_what_to_install(left):
+    code = f"import sys, types; sys.modules['onnxruntime'] = {left}; import runtime"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     message = done.stderr.splitlines()[-1]
     assert message.startswith("runtime.errors.ProviderError: onnxruntime")
     assert "install bge-onnx[cpu]" in message and "bge-onnx[gpu]" in message
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in message
 
 
 @pytest.mark.parametrize("package", ["runtime", "export"])

@@ -3,8 +3,11 @@
 import hashlib
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnxruntime
@@ -235,6 +238,41 @@ def test_where_a_gpu_has_no_memory_left_auto_takes_the_cpu(tiny_artifact, caplog
     assert "running on the CPU: CUDA failure 2: out of memory" in caplog.text
     with pytest.raises(OutOfMemoryError):
         Embedder(tiny_artifact, "fp32", "cuda")
+
+
+def test_cudas_libraries_are_loaded_in_one_thread_at_a_time(tmp_path, monkeypatch):
+    """What they say goes to standard output, which is the process's: two that divert it would lose it for good."""
+    inside, most = [], []
+
+    def load():
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return "no NVIDIA driver: none"
+
+    monkeypatch.setattr("runtime.session._preload_cuda", load)
+    with ThreadPoolExecutor(4) as pool:
+        opened = [pool.submit(create_session, tmp_path / "model.onnx", "cuda:0", 1) for _ in range(4)]
+        assert all(isinstance(future.exception(), ProviderError) for future in opened)
+    assert most == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("cause", "lacks"),
+    [
+        ("CUDA failure 2: out of memory ; GPU=0 ; file=cuda_allocator.cc ; expr=cudaMalloc((void**)&p, size);", True),
+        ("BFCArena: Failed to allocate memory for requested buffer of size 1024", True),
+        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; GPU=0 ; expr=cublasCreate(&handle);", True),
+        ("std::bad_alloc", True),
+        ("CUDA failure 700: an illegal memory access was encountered ; expr=cudaMalloc((void**)&p, size);", False),
+        ("CUDA failure 719: unspecified launch failure ; expr=cudaMalloc((void**)&p, size);", False),
+        ("CUDA error cudaErrorIllegalAddress: an illegal memory access was encountered", False),
+    ],
+)
+def test_want_of_memory_is_told_from_what_an_allocation_reports_of_another_failure(cause, lacks):
+    status = "[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Non-zero status code returned: "
+    assert bool(re.search(session.NO_MEMORY, status + cause)) == lacks
 
 
 @pytest.mark.parametrize("device", ["tpu", "", "CPU", None, "cuda:x", "cuda:-1", [], ["cpu", "cuda"], [0], ["auto"]])
