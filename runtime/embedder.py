@@ -167,7 +167,8 @@ class Embedder(Model):
 
         Args:
             texts: Texts, read ``chunk_size`` at a time.
-            chunk_size: Texts that are held and grouped by length at once.
+            chunk_size: Texts that are held and grouped by length at once. A GPU waits for each one's first tokens, so
+                give it more.
             prompt_name: Which of the model's prompts goes before each text: ``passage`` is as ``encode_corpus``,
                 ``query`` as ``encode_queries``, none as ``encode``.
             truncate_dim: As in ``encode``.

@@ -9,12 +9,15 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import runtime.retriever
 from runtime import ArtifactError, BgeOnnxError, Embedder, InputError, Limits, Reranker, Retriever
@@ -105,8 +108,47 @@ def test_equal_texts_leave_the_others_to_be_found(embedder, tmp_path, order):
     assert [hit.id for hit in retriever.retrieve("left blank", 1)] == ["at last"]
 
 
+NAMES, SAYS = st.sampled_from([f"id {i}" for i in range(8)]), st.sampled_from(WORDS[:5])
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.lists(st.tuples(NAMES, SAYS), max_size=6).map(lambda rows: ("add", rows)),
+            st.lists(NAMES, max_size=4).map(lambda names: ("remove", names)),
+            st.sampled_from(["save", "lose", "fail"]).map(lambda what: (what, None)),
+        ),
+        max_size=12,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_whatever_is_added_replaced_and_taken_out_what_is_there_is_found(embedder, steps):
+    with tempfile.TemporaryDirectory() as folder:
+        held, saved, retriever = {}, {}, Retriever(folder, embedder)
+        for step, given in steps:
+            match step:
+                case "add":
+                    held = held | dict(given)
+                    retriever.add([text for _, text in given], [name for name, _ in given])
+                case "remove":
+                    assert retriever.remove(given) == len(held.keys() & set(given))
+                    held = {name: text for name, text in held.items() if name not in given}
+                case "save":
+                    retriever.save()
+                    saved = held
+                case "lose":
+                    retriever.close()
+                    held, retriever = saved, Retriever(folder, embedder)
+                case "fail":
+                    with pytest.raises(InputError, match="id 1 is"):
+                        retriever.add(["plane", "sea"], ["id 0", 7])
+            assert {hit.id: hit.text for hit in retriever.retrieve("a", 100)} == held
+            assert len(retriever) == len(held)
+        retriever.close()
+
+
 OPENS = """
-import sys, time
+import sys
 from runtime import Embedder, Retriever
 embedder = Embedder(sys.argv[2], "fp32")
 print("ready", flush=True)
