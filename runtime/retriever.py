@@ -209,7 +209,8 @@ class Retriever:
             if named is not None and len(named) < len(chunk):
                 raise InputError(f"there are {added + len(named)} ids for more texts; pass one for each")
             checked = self._embedder._prompted("passage", check_texts(chunk, added, limits))
-            vectors = self._embedder._embed(checked, first=added).astype(np.float16)
+            with np.errstate(over="ignore"):  # of a model that doesn't normalise
+                vectors = self._embedder._embed(checked, first=added).astype(np.float16)
             places = [_place(vector) for vector in vectors]
             with self._change() as gone:
                 keys = range(self._next, self._next + len(chunk))
