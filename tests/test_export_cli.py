@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("few_texts")
 @pytest.fixture(autouse=True)
 def _process_state():
     """The command line sets a signal handler and a log level for its process, which here isn't its own."""
-    handlers = {number: signal.getsignal(number) for number in STOPPED_BY}
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPED_BY}  # under nohup, too
     level = logging.getLogger("runtime").level
     yield
     for number, handler in handlers.items():
