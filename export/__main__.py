@@ -152,6 +152,8 @@ def _short(path: Path) -> Path:
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:
+    for number in STOPPED_BY:  # a terminal that closes sends two, and the first is still clearing up
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

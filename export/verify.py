@@ -220,6 +220,8 @@ def _heads(checkpoint: Checkpoint) -> list[Callable[["torch.Tensor"], "torch.Ten
         state = torch.load(checkpoint.folder / f"{name}.pt", map_location="cpu", weights_only=True)
         head = torch.nn.Linear(*reversed(state["weight"].shape))
         head.load_state_dict(state)
+        if not all(torch.isfinite(parameter).all() for parameter in head.parameters()):
+            raise ExportError(f"{checkpoint.folder / name}.pt: holds NaN or infinity; train or download it again")
         if head.in_features != checkpoint.spec.dim:
             raise ExportError(
                 f"{checkpoint.folder / name}.pt: takes states of {head.in_features} dimensions where the model has "

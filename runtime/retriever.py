@@ -28,6 +28,7 @@ from runtime.checks import check_count, check_iterable, check_texts
 from runtime.embedder import Embedder
 from runtime.errors import ArtifactError, BgeOnnxError, InputError
 from runtime.manifest import real_folder
+from runtime.pooling import normalize
 from runtime.reranker import Reranker, _best
 
 logger = logging.getLogger(__name__)
@@ -92,12 +93,15 @@ class Hit:
 class Retriever:
     """A folder of texts and their vectors, searched in two stages. Safe to use from many threads at once.
 
-    Vectors are held by usearch (an HNSW graph, float16), texts by SQLite. Equal texts share a vector, since several,
-    nearest to each other, would leave the texts around them without a way there. What was added is lost unless ``save``
-    is called; a crash at any moment leaves what the last ``save`` left. Of several processes that have the folder open,
-    one may add at a time, until it saves; the others then load anew what it saved, with their next call. Open the
-    folder after a fork, in each process: SQLite's locks don't outlive one, so a folder that was open before it can be
-    opened in no child. A folder that can't be written to can be searched while nobody else writes there.
+    Vectors are held by usearch (an HNSW graph, float16), texts by SQLite. Texts of equal vectors, as equal texts have
+    them on a CPU, share one, since several, nearest to each other, would leave others without a way there. What was
+    added is lost unless ``save`` is called; a crash at any moment leaves what the last ``save`` left. Of several
+    processes that have the folder open, one may add at a time, until it saves; the others then load anew what it saved,
+    with their next call. Open the folder after a fork, in each process: SQLite's locks don't outlive one, so a folder
+    that was open before it can be opened in no child. A folder that can't be written to can be searched while nobody
+    else writes there.
+
+    Who uses usearch as well imports it after ``runtime``: onnxruntime can't be imported after it.
     """
 
     def __init__(self, folder: str | Path, embedder: Embedder, reranker: Reranker | None = None) -> None:
@@ -209,8 +213,8 @@ class Retriever:
             if named is not None and len(named) < len(chunk):
                 raise InputError(f"there are {added + len(named)} ids for more texts; pass one for each")
             checked = self._embedder._prompted("passage", check_texts(chunk, added, limits))
-            with np.errstate(over="ignore"):  # of a model that doesn't normalise
-                vectors = self._embedder._embed(checked, first=added).astype(np.float16)
+            embedded = self._embedder._embed(checked, first=added)
+            vectors = normalize(embedded).astype(np.float16)  # which holds nothing beyond 65,504, or below 6e-8
             places = [_place(vector) for vector in vectors]
             with self._change() as gone:
                 keys = range(self._next, self._next + len(chunk))
@@ -225,7 +229,7 @@ class Retriever:
                 rows = [(keys[i], named[i], chunk[i], places[i]) for i in kept]
                 self._texts.executemany("INSERT INTO texts VALUES (?, ?, ?, ?)", rows)
                 new = {places[i]: i for i in kept if places[i] not in self._index}
-                self._index.add(list(new), vectors[list(new.values())], threads=self._embedder._threads)
+                self._index.add(list(new), vectors[list(new.values())], threads=1)  # several leave some unreachable
                 gone += self._without_text(replaced)
             added += len(chunk)
         if names is not None and next(names, None) is not None:
@@ -367,7 +371,7 @@ class Retriever:
         if not isinstance(query, str):
             raise InputError(f"query is {type(query).__name__}; pass a str")
         top_k = check_count("top_k", top_k, MOST)
-        vector = self._embedder.encode_queries(query)
+        vector = normalize(self._embedder.encode_queries(query))
         with self._explained(), self._lock:
             while True:
                 self._load()

@@ -295,7 +295,14 @@ def test_an_interrupt_exits_130_and_leaves_nothing(cli, tiny_checkpoint, tmp_pat
         os.kill(os.getpid(), signum)
         return build(checkpoint, encoder)
 
+    def interrupted_again(folder, **options):
+        if signum in STOPPED_BY:
+            os.kill(os.getpid(), signum)
+        return rmtree(folder, **options)
+
+    rmtree = shutil.rmtree
     monkeypatch.setattr(export.pipeline, "build_graph", interrupted)
+    monkeypatch.setattr(export.pipeline.shutil, "rmtree", interrupted_again)
     code, out, error = cli("--model", tiny_checkpoint, "--out", tmp_path / "out")
     assert (code, out) == (130, "")
     assert error == "interrupted: nothing is left half written\n"

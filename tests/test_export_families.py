@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
 import numpy as np
@@ -290,6 +291,7 @@ def test_bge_m3s_heads_stand_beside_other_families_and_may_be_narrow(checkpoint,
     [
         (lambda: torch.nn.Linear(24, 1).state_dict(), "sparse_linear.pt: takes states of 24 dimensions .* has 32"),
         (lambda: torch.ones(1, 32), "sparse_linear.pt: not a plain checkpoint of tensors"),
+        (lambda: {"weight": torch.full((1, 32), math.nan), "bias": torch.ones(1)}, "sparse_linear.pt: holds NaN"),
     ],
 )
 def test_bge_m3s_heads_of_another_model_are_an_error(checkpoint, tmp_path, sparse, says):

@@ -58,6 +58,12 @@ def embedder(tiny_artifact):
 
 
 @pytest.fixture(scope="module")
+def real_embedder(minilm):
+    """One whose vectors lie apart, as a random model's don't."""
+    return Embedder(minilm, "int8")
+
+
+@pytest.fixture(scope="module")
 def reranker(tiny_reranker):
     return Reranker(tiny_reranker("bert")[0], "fp32")
 
@@ -85,13 +91,13 @@ def test_the_nearest_are_those_of_an_exact_search(filled, embedder):
 
 
 @pytest.mark.parametrize("order", ["first", "mixed"])
-def test_equal_texts_leave_the_others_to_be_found(embedder, tmp_path, order):
+def test_equal_texts_leave_the_others_to_be_found(real_embedder, tmp_path, order):
     """Equal vectors in the index would take each other for neighbours, and nobody else."""
     texts, copies = texts_of(1000), [f"copy {i}" for i in range(500)]
     rows = [*((name, "left blank") for name in copies), *zip(map(str, range(1000)), texts, strict=True)]
     if order == "mixed":
         np.random.default_rng(0).shuffle(rows)
-    retriever = Retriever(tmp_path / "index", embedder)
+    retriever = Retriever(tmp_path / "index", real_embedder)
     assert retriever.add([text for _, text in rows], [name for name, _ in rows]) == 1500 == len(retriever)
     found = [str(i) in {hit.id for hit in retriever.retrieve(text, 100)} for i, text in enumerate(texts[:200])]
     assert sum(found) >= 199
@@ -123,6 +129,9 @@ NAMES, SAYS = st.sampled_from([f"id {i}" for i in range(8)]), st.sampled_from(WO
 )
 @settings(max_examples=60, deadline=None)
 def test_whatever_is_added_replaced_and_taken_out_what_is_there_is_found(embedder, steps):
+    def fails(vectors):
+        raise RuntimeError("full")
+
     with tempfile.TemporaryDirectory() as folder:
         held, saved, retriever = {}, {}, Retriever(folder, embedder)
         for step, given in steps:
@@ -139,12 +148,24 @@ def test_whatever_is_added_replaced_and_taken_out_what_is_there_is_found(embedde
                 case "lose":
                     retriever.close()
                     held, retriever = saved, Retriever(folder, embedder)
-                case "fail":
-                    with pytest.raises(InputError, match="id 1 is"):
-                        retriever.add(["plane", "sea"], ["id 0", 7])
+                case "fail":  # when all else is done
+                    retriever._without_text = fails
+                    with pytest.raises(BgeOnnxError, match="usearch failed"):
+                        retriever.add(["plane", "sea"], ["id 0", "id 1"])
+                    del retriever._without_text
             assert {hit.id: hit.text for hit in retriever.retrieve("a", 100)} == held
             assert len(retriever) == len(held)
         retriever.close()
+
+
+@pytest.mark.parametrize("size", [1e-8, 1e6])
+def test_vectors_of_any_length_are_found(real_embedder, tmp_path, monkeypatch, recwarn, size):
+    embed = real_embedder._embed
+    monkeypatch.setattr(real_embedder, "_embed", lambda *given, **options: size * embed(*given, **options))
+    texts, retriever = texts_of(200), Retriever(tmp_path / "index", real_embedder)
+    retriever.add(texts)
+    assert sum(text in {hit.text for hit in retriever.retrieve(text, 10)} for text in texts) >= 199
+    assert not [warning for warning in recwarn if warning.category is RuntimeWarning]
 
 
 OPENS = """
@@ -487,12 +508,14 @@ def test_a_kill_at_any_moment_leaves_a_whole_save(embedder, tiny_artifact, tmp_p
         retriever.close()
 
 
-def test_others_find_what_was_saved_and_never_a_new_text_by_an_old_vector(filled, embedder, tmp_path):
-    writer, texts = filled
-    reader = Retriever(tmp_path / "index", embedder)
-    writer.add(texts, [str(i) for i in range(300)])  # all get new keys
+def test_others_find_what_was_saved_and_no_number_is_given_twice(filled, embedder, tmp_path):
+    writer, reader = filled[0], Retriever(tmp_path / "index", embedder)
+    texts = texts_of(300, seed=9)
+    writer.add(texts, [str(i) for i in range(300)])
     writer.save()
-    assert len(ids_of(reader)) > 280
+    hits = reader.retrieve("a", 1000)
+    assert len(hits) > 280
+    assert all(hit.text == texts[int(hit.id)] for hit in hits)
     writer.remove(["299"])
     writer.save()
     writer.close()
