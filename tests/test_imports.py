@@ -59,10 +59,9 @@ def test_every_public_name_can_be_imported():
     assert all(hasattr(runtime, name) for name in runtime.__all__)
 
 
-@pytest.mark.parametrize(
-    "left", ["None", "types.ModuleType('onnxruntime')"]
-)  # a second package's, when one was removed
+@pytest.mark.parametrize("left", ["None", "types.ModuleType('onnxruntime')"])
 def test_without_onnxruntime_the_import_says_what_to_install(left):
+    """The second is what is left of two packages of which one was removed."""
     code = f"import sys, types; sys.modules['onnxruntime'] = {left}; import runtime"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
